@@ -1,0 +1,784 @@
+"""SCALE: supervised contrastive adapters that tell a frozen medical vision-language model not only
+the class (nevus, melanoma) but the concept that justifies it (diffuse irregular pigmentation).
+
+Reference implementation of Engelson, Ehrhardt, Handels, "SCALE", SPIE Medical Imaging 2026.
+
+    python scale.py --dataset demo --frac 0.05        # synthetic phantoms, one minute, no download
+    python scale.py --dataset derm7p --frac 0.05      # after data_prep.py; MONET in weights/monet
+
+The file reads in the order in which data flow; `grep -n '^# ----' scale.py` prints its contents.
+`grep -n '# Choice' *.py */*.py` prints every decision that the paper leaves open.
+
+Glossary: name in the code, symbol in the paper, shape
+    image_features   f_image   (N, D)   frozen, unit length, one row an image
+    text_features    f_text    (H, D)   frozen, unit length, one row a prompt
+    adapter, alpha   A, alpha           two-layer bottleneck and its learnt mixing weight (Eq. 1)
+    similarities     Q         (N, N)   cosine of image i and the text of image j
+    z                Z         (N, H)   cosine of image i and combination h: Q[:, k(h)]
+    combination      h, g      H        class-concept combination, "diffuse irregular pigmentation"
+    concept, class   l, c      L, C     what h is made of; z_l, z_c are maxima over their h
+    task                                one criterion; its combinations exclude one another
+    margin                     (N, H)   logit_scale * (z_h - z_"No finding."): what is evaluated
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kernels.supcon import supcon_loss  # noqa
+def supcon_reference(features, labels, temperature=0.07):
+    logits = features @ features.mT / temperature  # (..., N, N)
+    itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    positive = (labels[..., None] == labels[..., None, :]) & ~itself
+    count = positive.sum(-1)
+    log_sum = logits.masked_fill(itself, -math.inf).logsumexp(-1)
+    mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
+    losses = torch.where(count > 0, log_sum - mean_positive, 0)
+    return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
+from weights import InputError
+from weights.clip import load_clip
+
+HERE = Path(__file__).resolve().parent
+SCORES = ("accuracy", "recall", "f1", "auc")
+
+
+# ---- 1. Settings: every flag, its default, its meaning, the paper's section ----------------------
+def flag(default, text, named=True):
+    """A dataclass field that is also a command-line flag; named: part of a run's folder name."""
+    return field(default=default, metadata={"help": text, "named": named})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run; `--some-name` on the command line sets `some_name`."""
+
+    dataset: str = flag("", "demo, derm7p, or the path of a prepared folder (Sec. 2.3)", False)
+    frac: float = flag(1.0, "share of the training images, in (0, 1] (.05 .1 .25 .5 1)", False)
+    method: str = flag("zeroshot,linear-weighted,scale", "comma list, or all", False)
+    backbone: str = flag("", "name in weights/ or a folder; default: the data set's own", False)
+    splits: int = flag(0, "stratified random subsets; 0: five, as the paper; one at 1", False)
+    seed: int = flag(0, "seed of the first subset and of its training", False)
+    data: str = flag("data", "where the prepared folders lie", False)
+    out: str = flag("runs", "where the runs and the cache of embeddings go", False)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", False)
+    criterion: str = flag("", "restrict to one task, such as pigmentation; default: all, jointly")
+    epochs: int = flag(150, "passes over the subset (Sec. 2.3.2)")
+    lr: float = flag(1e-3, "learning rate of Adam (Sec. 2.3.2)")
+    batch_size: int = flag(0, "0: all images up to 1,024, else 256 (adapted to the size)")
+    width: int = flag(4, "the adapter's bottleneck is D / width (Eq. 1)")
+    alpha: float = flag(0.2, "initial share of the adapter in Eq. 1, in (0, 1)")
+    temperature: float = flag(0.07, "tau of the contrastive terms (Eq. 2)")
+    lambdas: str = flag("1,1,0.1,0.1", "weights of concept, class, rows, columns (Eq. 3)")
+    rows: str = flag("unit", "rows of Q in Eq. 2: unit length, or raw as the paper writes")
+    negative_prompt: str = flag("", "second prompt of the AUC; default: the data set's own")
+
+
+def parse(argv):
+    """Command line -> Config. Errors: argparse's own (exit code 2), InputError for bad values."""
+    parser = argparse.ArgumentParser(prog="scale.py", description=__doc__.split("\n\n")[0])
+    for f in fields(Config):
+        name = "--" + f.name.replace("_", "-")
+        required = f.name == "dataset"
+        parser.add_argument(name, type=f.type, default=f.default, required=required,
+                            help=f.metadata["help"] + ("" if required else " [%(default)s]"))
+    config = Config(**vars(parser.parse_args(argv)))
+    if not 0 < config.frac <= 1:
+        raise InputError(f"--frac {config.frac:g} is not in (0, 1]: give 0.05 for 5%.")
+    if not (0 < config.alpha < 1 and config.temperature > 0 and config.epochs > 0):
+        raise InputError("--alpha must lie in (0, 1), --temperature and --epochs above 0.")
+    if config.rows not in ("unit", "raw"):
+        raise InputError(f"--rows {config.rows} is neither unit nor raw.")
+    try:
+        if len([float(part) for part in config.lambdas.split(",")]) != 4:
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--lambdas {config.lambdas} must be four numbers: 1,1,0.1,0.1.") from None
+    return config
+
+
+# ---- 2. A prepared folder: taxonomy.json and samples.csv (DATA in README) ------------------------
+@dataclass(frozen=True)
+class Level:
+    """Combinations, concepts or classes of all tasks, side by side as K columns."""
+
+    names: list      # K strings
+    task: torch.Tensor     # (K,) index of the task that a column belongs to
+    members: torch.Tensor  # (K, G) the combinations of each column, padded by repeating the first
+
+
+@dataclass(frozen=True)
+class Taxonomy:
+    """What is known beforehand: tasks, and which concept and class a combination h is made of."""
+
+    tasks: list            # one dict a task: name, exclusive, classes, concepts, combinations
+    combination: Level     # H columns
+    concept: Level         # L columns
+    klass: Level           # C columns
+    prompts: list          # H strings
+    negative_prompt: str
+    backbone: str
+    root: Path             # `image` in samples.csv is relative to it
+
+
+def read_taxonomy(folder):
+    """Read and check `<folder>/taxonomy.json`."""
+    path = folder / "taxonomy.json"
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        taxonomy = make_taxonomy(spec["tasks"], spec.get("negative_prompt", "No finding."),
+                                 spec.get("backbone", ""), folder / spec.get("root", ""))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no valid taxonomy ({type(error).__name__}: {error}): prepare "
+                         "the folder again with data_prep.py, or see README, Data.") from None
+    return taxonomy
+
+
+def make_taxonomy(tasks, *rest):
+    """Taxonomy of a list of tasks; ValueError where names do not fit together."""
+    combinations = [(t, c) for t, task in enumerate(tasks) for c in task["combinations"]]
+    names = [c["name"] for _, c in combinations]
+    if len(set(names)) < len(names):
+        raise ValueError("combination names must be unique over all tasks")
+    levels = [make_level(tasks, combinations, *keys) for keys in
+              (("combinations", "name"), ("concepts", "concept"), ("classes", "class"))]
+    return Taxonomy(tasks, *levels, [c["prompt"] for _, c in combinations], *rest)
+
+
+def make_level(tasks, combinations, plural, part):
+    """Columns of one level: every name that a task lists, with the combinations it is made of."""
+    columns = []
+    for t, task in enumerate(tasks):
+        for entry in task[plural]:
+            name = entry["name"] if part == "name" else entry
+            members = [h for h, (s, c) in enumerate(combinations) if s == t and c[part] == name]
+            if not members:
+                raise ValueError(f"{part} {name!r} of {task['name']!r} has no combination")
+            columns.append((name, t, members))
+    if sum(len(members) for _, _, members in columns) != len(combinations):
+        raise ValueError(f"a combination has a {part} that its task does not list once")
+    size = max(len(members) for _, _, members in columns)
+    padded = [members + members[:1] * (size - len(members)) for _, _, members in columns]
+    return Level([name for name, _, _ in columns], torch.tensor([t for _, t, _ in columns]),
+                 torch.tensor(padded))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The rows of samples.csv, in the file's order."""
+
+    taxonomy: Taxonomy
+    images: list           # N paths
+    truth: torch.Tensor    # (N, H) bool: image i shows combination h
+    split: np.ndarray      # (N,) of "train", "valid", "test"
+
+
+def read_samples(folder):
+    """Read a prepared folder; InputError names the row of a wrong label or split."""
+    taxonomy, path = read_taxonomy(folder), folder / "samples.csv"
+    column = {name: h for h, name in enumerate(taxonomy.combination.names)}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [(row["image"], row["labels"].split(";"), row["split"], row.get("patient"))
+                    for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
+        raise InputError(f"{path} must be a CSV file with the columns image, labels, split "
+                         f"({type(error).__name__}: {error}); see README, Data.") from None
+    truth = torch.zeros(len(rows), len(column), dtype=torch.bool)
+    for n, (_, labels, split, _) in enumerate(rows):
+        for label in filter(None, labels):
+            if label not in column:
+                raise InputError(f"{path} row {n + 2}: label {label!r} is not in taxonomy.json.")
+            truth[n, column[label]] = True
+        if split not in ("train", "valid", "test"):
+            raise InputError(f"{path} row {n + 2}: split {split!r} is not train, valid or test.")
+    check_samples(path, rows, truth, taxonomy)
+    return Samples(taxonomy, [taxonomy.root / row[0] for row in rows], truth,
+                   np.array([row[2] for row in rows]))
+
+
+def check_samples(path, rows, truth, taxonomy):
+    """Refuse rows without exactly one label per exclusive task, empty splits, shared patients."""
+    for t, task in enumerate(taxonomy.tasks):
+        count = truth[:, taxonomy.combination.task == t].sum(1).tolist()
+        for n, labels in enumerate(count if task["exclusive"] else []):
+            if labels != 1:
+                raise InputError(f"{path} row {n + 2}: {labels} labels for the exclusive task "
+                                 f"{task['name']!r}, which needs exactly one.")
+    patients = {part: {row[3] for row in rows if row[2] == part} for part in ("train", "test")}
+    for part, found in patients.items():
+        if not found:
+            raise InputError(f"{path} has no row with split {part}: prepare the folder again.")
+    both = patients["train"] & patients["test"] - {"", None}
+    if both:
+        raise InputError(f"{path}: patient {min(both)} is in train and in test; move one of them.")
+
+
+def only_task(samples, name):
+    """Samples with the labels and the taxonomy of one task (--criterion)."""
+    old = samples.taxonomy
+    names = [task["name"] for task in old.tasks]
+    if name not in names:
+        raise InputError(f"--criterion {name} is none of: {', '.join(names)}.")
+    t = names.index(name)
+    new = make_taxonomy(old.tasks[t:t + 1], old.negative_prompt, old.backbone, old.root)
+    return replace(samples, taxonomy=new, truth=samples.truth[:, old.combination.task == t])
+
+
+def at_level(values, level):
+    """Maximum of each column's combinations: (N, H) -> (N, K); of a truth table: any of them."""
+    return values[:, level.members].amax(-1)
+
+
+# ---- 3. Stratified subsets for --frac (Sec. 2.3) -------------------------------------------------
+def stratified_subset(truth, fraction, generator):
+    """Iterative stratification (Sechidis et al. 2011): round(fraction * N) sorted row numbers.
+
+    truth (N, K) bool. The rarest label is dealt out first, each row to the side that still wants
+    more of that label.  # Choice: sklearn's stratification refuses labels with one member.
+    """
+    labels = truth.numpy()
+    n = len(labels)
+    sides = np.array([fraction, 1 - fraction])
+    wanted = labels.sum(0) * sides[:, None]  # (2, K)
+    room = np.array([round(fraction * n), n - round(fraction * n)])
+    chosen = np.full(n, -1)
+    order = torch.randperm(n, generator=generator).numpy()
+    while (chosen < 0).any():
+        counts = labels[chosen < 0].sum(0)
+        rarest = np.where(counts > 0, counts, n + 1).argmin()
+        rows = order[(chosen[order] < 0) & (labels[order, rarest] | (counts.sum() == 0))]
+        for row in rows:
+            side = max((0, 1), key=lambda s: (room[s] > 0, wanted[s, rarest], room[s]))
+            chosen[row] = side
+            wanted[side] -= labels[row]
+            room[side] -= 1
+    return np.flatnonzero(chosen == 0)
+
+
+# ---- 4. Frozen embeddings, computed once, cached by content --------------------------------------
+def load_backbone(name_or_folder, device="cpu"):
+    """Frozen encoder from weights/<name>/ or a folder.
+
+    Returns an object with encode_image(pixels (N, 3, H, W)) -> (N, D), encode_text(list of str) ->
+    (N, D), preprocess(PIL image) -> (3, H, W) and logit_scale (float), all float32, no gradients.
+    """
+    folder = HERE / "weights" / name_or_folder
+    if not folder.is_dir():
+        folder = Path(name_or_folder)
+    return load_clip(folder).to(device)
+
+
+def progress(items, total, label):
+    """Yield items; show count, rate and time left: one redrawn line in a terminal, few in a log."""
+    start, shown, live = time.monotonic(), 0.0, sys.stderr.isatty()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic() - start
+        if done == total or now - shown > (0.2 if live else 30):
+            shown = now
+            line = f"{label} {done}/{total}, {now / done * (total - done):.0f} s left"
+            print(f"\r\x1b[K{line}" if live else line, end="" if live and done < total else "\n",
+                  file=sys.stderr, flush=True)
+
+
+def replace_file(path, write):
+    """Call write(temporary path), then rename: a file under its final name is always whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    write(unfinished)
+    os.replace(unfinished, path)
+
+
+def open_image(path):
+    """Decode an image completely; InputError names a missing, truncated or foreign file."""
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as an image ({error}): restore the file or remove "
+                         "its row from samples.csv.") from None
+
+
+def embed(backbone, images, texts, cache_file, batch=32):
+    """Unit features (N, D) of image files and (M, D) of texts, through a cache keyed by content.
+
+    cache_file belongs to one checkpoint; inside, a feature's name is the sha256 of the image file
+    or text, so that renamed, added or changed files cost only what is new. It is saved every 20 s
+    and at the end, also after an error: the next run goes on where this one stopped, in the same
+    batches, hence to the same bits.
+    """
+    try:
+        cache = load_file(cache_file) if cache_file.exists() else {}
+    except SafetensorError:
+        cache = {}  # damaged: computed again
+    image_keys = [digest_file(path) for path in images]
+    text_keys = [hashlib.sha256(b"text:" + text.encode()).hexdigest() for text in texts]
+    if any(key not in cache for key in text_keys):
+        features = F.normalize(backbone.encode_text(texts).cpu(), dim=-1)
+        cache.update(zip(text_keys, features, strict=True))
+    unique = iter(dict(zip(image_keys, images, strict=True)).items())
+    chunks = list(iter(lambda: dict(islice(unique, batch)), {}))
+    todo = [chunk for chunk in chunks if not cache.keys() >= chunk.keys()]
+    saved = time.monotonic()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            batches = decode_ahead(pool, backbone.preprocess, todo)
+            for keys, pixels in progress(batches, len(todo), f"embedding, batches of {batch}:"):
+                features = F.normalize(backbone.encode_image(pixels).cpu(), dim=-1)
+                cache.update(zip(keys, features, strict=True))
+                if time.monotonic() - saved > 20:
+                    replace_file(cache_file, partial(save_file, cache))
+                    saved = time.monotonic()
+    finally:
+        replace_file(cache_file, partial(save_file, cache))
+    return torch.stack([cache[k] for k in image_keys]), torch.stack([cache[k] for k in text_keys])
+
+
+def decode_ahead(pool, preprocess, chunks):
+    """Yield (keys, pixels (B, 3, H, W)) of each chunk while the next one is being decoded."""
+    ready = None
+    for chunk in [*chunks, {}]:
+        jobs = [pool.submit(lambda p: preprocess(open_image(p)), path) for path in chunk.values()]
+        if ready:
+            yield ready[0], torch.stack([job.result() for job in ready[1]])
+        ready = list(chunk), jobs
+
+
+def digest_file(path):
+    """sha256 of a file's bytes; InputError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check samples.csv and the "
+                         "root in taxonomy.json.") from None
+
+
+# ---- 5. Adapters (Sec. 2.1, Eq. 1) ---------------------------------------------------------------
+class Adapter(nn.Module):
+    """Eq. 1: f' = alpha * ReLU(f W1) W2 + (1 - alpha) * f, then unit length. (N, D) -> (N, D)."""
+
+    def __init__(self, dim, hidden, alpha, generator):
+        super().__init__()
+        # Choice: no biases, so that the length of f does not matter, and no outer ReLU (Eq. 1).
+        self.down = nn.Linear(dim, hidden, bias=False)
+        self.up = nn.Linear(hidden, dim, bias=False)
+        for layer in (self.down, self.up):
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
+        # Choice: alpha = sigmoid(free scalar), one per branch; training starts near zero-shot.
+        self.alpha_logit = nn.Parameter(torch.tensor(math.log(alpha / (1 - alpha))))
+
+    @property
+    def alpha(self):
+        """Share of the adapter, in (0, 1)."""
+        return torch.sigmoid(self.alpha_logit)
+
+    def forward(self, features):
+        adapted = self.up(F.relu(self.down(features)))
+        return F.normalize(torch.lerp(features, adapted, self.alpha), dim=-1)
+
+
+# ---- 6. The objective (Sec. 2.2, Eq. 2 and 3) ----------------------------------------------------
+def cross_entropy(z, truth, level, scale):
+    """Softmax cross-entropy within each task, mean over images and tasks.
+
+    z (N, K) cosines of a level's columns, truth (N, K) one column a task, scale: exp(logit_scale).
+    """
+    logits = scale * z
+    tasks = torch.arange(int(level.task.max()) + 1, device=z.device)
+    other = level.task != tasks[:, None]  # (T, K)
+    log_sum = logits[:, None].masked_fill(other, -math.inf).logsumexp(-1)  # (N, T)
+    return (log_sum.sum() - logits[truth].sum()) / log_sum.numel()
+
+
+def supcon_of_rows(z, truth, level, temperature, unit):
+    """L_SupCon(G, Q), Eq. 2: anchors are the rows of Q, positives share the combination.
+
+    Column j of Q belongs to image j's prompt, so Q repeats column h of z n_h times, and
+    q_i . q_p = sum_h n_h z_ih z_ph: the rows of z * sqrt(n) stand for the rows of Q, exactly.
+    One term per task over its own labels and columns, averaged.  # Choice
+    """
+    own = level.task == torch.arange(int(level.task.max()) + 1, device=z.device)[:, None]  # (T, H)
+    rows = z * truth.sum(0).sqrt() * own[:, None]  # (T, N, H)
+    rows = F.normalize(rows, dim=-1) if unit else rows  # Choice: raw rows grow with N
+    labels = (truth & own[:, None]).int().argmax(-1)  # (T, N)
+    if len(z) <= 512:  # one dense batch of small problems is faster than T calls
+        return supcon_reference(rows, labels, temperature).mean()
+    losses = [supcon_loss(*task, temperature) for task in zip(rows, labels, strict=True)]
+    return torch.stack(losses).mean()
+
+
+def supcon_of_columns(z, truth, level, temperature, unit):
+    """L_SupCon(G, Q^T), Eq. 2: anchors are the N columns of Q, labelled as their texts.
+
+    The columns are n_h copies of z_h (N,), hence anchors of one h share one loss:
+    log(sum_h' (n_h' - [h' = h]) exp(z_h . z_h' / tau)) - z_h . z_h / tau, over h' of the same task.
+    """
+    columns = F.normalize(z, dim=0) if unit else z
+    logits = columns.T @ columns / temperature  # (H, H)
+    count = truth.sum(0)  # (H,)
+    others = count - torch.eye(len(count), device=z.device)  # (H, H): the anchor itself excluded
+    others = others.masked_fill(level.task != level.task[:, None], 0)
+    anchors = (count > 1).nonzero().flatten()  # those that have a positive
+    log_sum = (logits + others.clamp(min=0).log())[anchors].logsumexp(-1)
+    losses = log_sum - logits.diagonal()[anchors]
+    tasks = level.task[anchors]
+    weight = count[anchors] / torch.zeros(len(count), device=z.device).index_add(
+        0, tasks, count[anchors].float())[tasks]  # mean over a task's anchors
+    return (losses * weight).sum() / (level.task.max() + 1)
+
+
+def scale_loss(z, truth, taxonomy, logit_scale, temperature, lambdas, unit=True):
+    """Eq. 3, the five-term objective: total and {term: value}.
+
+    z (N, H) cosines, truth (N, H) bool with one combination a task, lambdas: the four weights.
+    """
+    terms = {name: cross_entropy(at_level(z, level), at_level(truth, level), level, logit_scale)
+             for name, level in (("combination", taxonomy.combination),
+                                 ("concept", taxonomy.concept), ("class", taxonomy.klass))}
+    contrast = (z, truth, taxonomy.combination, temperature, unit)
+    # A term of weight 0 is not computed.
+    terms["rows"] = supcon_of_rows(*contrast) if lambdas[2] else z.new_zeros(())
+    terms["columns"] = supcon_of_columns(*contrast) if lambdas[3] else z.new_zeros(())
+    weights = (1, *lambdas)
+    return sum(w * term for w, term in zip(weights, terms.values(), strict=True)), terms
+
+
+# ---- 7. Methods: fit(data, rows, config, generator, log) -> (predict, state) ---------------------
+@dataclass(frozen=True)
+class Embedded:
+    """All that a method may see; `rows` tells it which images are its training subset."""
+
+    images: torch.Tensor     # (N, D) unit length
+    texts: torch.Tensor      # (H, D) unit length, one prompt a combination
+    negative: torch.Tensor   # (D,)   unit length, "No finding."
+    truth: torch.Tensor      # (N, H) bool
+    taxonomy: Taxonomy
+    logit_scale: float       # exp of the checkpoint's logit_scale, frozen (# Choice)
+
+
+def to_device(record, device):
+    """A dataclass with its tensors, and those of dataclasses inside it, on a device."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    moved = {name: to_device(value, device) if is_dataclass(value) else value.to(device)
+             for name, value in values.items() if is_dataclass(value) or torch.is_tensor(value)}
+    return replace(record, **moved)
+
+
+def fit_zeroshot(data, rows, config, generator, log):
+    """Frozen cosines: nothing is trained."""
+    texts = data.texts - data.negative
+
+    def predict(images):
+        return data.logit_scale * images @ texts.T
+
+    return predict, {}
+
+
+def fit_scale(data, rows, config, generator, log):
+    """Train the two adapters (Fig. 1); predict gives margins (n, H) of unit features (n, D)."""
+    dim = data.images.shape[1]
+    adapters = nn.ModuleDict({
+        branch: Adapter(dim, max(1, dim // config.width), config.alpha, generator)
+        for branch in ("image", "text")}).to(data.images.device)  # Choice: one per branch
+    lambdas = [float(part) for part in config.lambdas.split(",")]
+    # Choice: constant rate, no decay, and the last epoch is the result: nothing is selected.
+    optimizer = torch.optim.Adam(adapters.parameters(), lr=config.lr, fused=True)
+    size = config.batch_size or (len(rows) if len(rows) <= 1024 else 256)  # Choice
+    for epoch in range(config.epochs):
+        start, sums = time.perf_counter(), {}
+        order = torch.as_tensor(rows)[torch.randperm(len(rows), generator=generator)]
+        for batch in order.split(size):
+            images, truth = adapters["image"](data.images[batch]), data.truth[batch]
+            z = images @ adapters["text"](data.texts).T  # (B, H): the bank of distinct prompts
+            loss, terms = scale_loss(z, truth, data.taxonomy, data.logit_scale,
+                                     config.temperature, lambdas, config.rows == "unit")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            for name, value in {"loss": loss, **terms}.items():
+                sums[name] = sums.get(name, 0) + value.item() * len(batch) / len(rows)
+        alphas = {f"alpha_{name}": a.alpha.item() for name, a in adapters.items()}
+        log.append({"epoch": epoch, **sums, **alphas, "seconds": time.perf_counter() - start})
+
+    def predict(images):
+        texts = adapters["text"](data.texts) - adapters["text"](data.negative)
+        return data.logit_scale * adapters["image"](images) @ texts.T
+
+    return predict, adapters.state_dict()
+
+
+def fit_linear(data, rows, config, generator, log, weighted=False):
+    """Linear probe: H logits of the frozen features, binary cross-entropy, Adam (Sec. 2.3.2).
+
+    weighted: positives count n_neg / n_pos, as in loss-weighted probing (1 where n_pos = 0).
+    """
+    images, truth = data.images[rows], data.truth[rows].float()
+    probe = nn.Linear(images.shape[1], truth.shape[1]).to(images.device)
+    nn.init.kaiming_uniform_(probe.weight, a=math.sqrt(5), generator=generator)
+    nn.init.zeros_(probe.bias)
+    count = truth.sum(0)
+    weight = ((len(truth) - count) / count).where(count > 0, 1.0) if weighted else None
+    optimizer = torch.optim.Adam(probe.parameters(), lr=config.lr, fused=True)
+    for epoch in range(config.epochs):
+        start = time.perf_counter()
+        loss = F.binary_cross_entropy_with_logits(probe(images), truth, pos_weight=weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        log.append({"epoch": epoch, "loss": loss.item(), "seconds": time.perf_counter() - start})
+    return probe, probe.state_dict()
+
+
+METHODS = {"zeroshot": fit_zeroshot, "linear": fit_linear,
+           "linear-weighted": partial(fit_linear, weighted=True), "scale": fit_scale}
+
+
+# ---- 8. Metrics (Sec. 2.3.2) ---------------------------------------------------------------------
+def area_under_curve(score, truth):
+    """Area under the ROC curve, ties counted half (Mann-Whitney); nan without both outcomes.
+
+    score (N,) any real numbers, truth (N,) bool.
+    """
+    negative, positive = score[~truth].sort().values, score[truth]
+    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive,
+                                                                        right=True)
+    return (below.double().mean() / (2 * len(negative))).item()
+
+
+def score_task(margins, truth, exclusive, binary=False):
+    """Accuracy, macro recall, macro F1, AUC of one task at one level, each in [0, 1] or nan.
+
+    margins, truth (N, K). Exclusive: arg-max decides; else margin > 0, that is a two-prompt
+    probability above 0.5. Choice: macro means run over the columns that the test set shows;
+    a column without support still costs precision elsewhere when it is predicted.
+    binary: two exclusive classes, the AUC is the second one's.
+    """
+    decided = F.one_hot(margins.argmax(1), truth.shape[1]).bool() if exclusive else margins > 0
+    hits, shown = (decided & truth).sum(0), truth.sum(0)
+    present = shown > 0
+    f1 = 2 * hits / (decided.sum(0) + shown).clamp(min=1)
+    # Choice: plain accuracy (per binary label where labels do not exclude one another).
+    accuracy = (decided & truth).any(1) if exclusive else decided == truth
+    areas = [area_under_curve(margins[:, k], truth[:, k])
+             for k in range(truth.shape[1]) if 0 < shown[k] < len(truth) and (k == 1 or not binary)]
+    result = {"accuracy": accuracy.double().mean().item(),
+              "recall": (hits / shown)[present].double().mean().item(),
+              "f1": f1[present].double().mean().item(),
+              "auc": float(np.mean(areas)) if areas else math.nan}
+    if binary:  # Choice: "No finding." is never trained; the other class is a second reference.
+        result["auc_pair"] = area_under_curve(margins[:, 1] - margins[:, 0], truth[:, 1])
+    return result
+
+
+def evaluate(margins, truth, trained, taxonomy):
+    """All numbers of metrics.json. margins, truth (N, H) of the test set, trained (n, H) truth."""
+    per_task = {task["name"]: {} for task in taxonomy.tasks}
+    for name, level in (("class", taxonomy.klass), ("class_concept", taxonomy.combination)):
+        for t, task in enumerate(taxonomy.tasks):
+            columns = level.task == t
+            binary = name == "class" and task["exclusive"] and int(columns.sum()) == 2
+            per_task[task["name"]][name] = score_task(
+                at_level(margins, level)[:, columns], at_level(truth, level)[:, columns],
+                task["exclusive"], binary)
+    means = {name: mean_of([scores[name] for scores in per_task.values()])
+             for name in ("class", "class_concept")}
+    support = {name: {"train": int(a), "test": int(b)} for name, a, b in
+               zip(taxonomy.combination.names, trained.sum(0), truth.sum(0), strict=True)}
+    return {**means, "per_task": per_task, "support": support,
+            "n_train": len(trained), "n_test": len(truth)}
+
+
+def mean_of(scores):
+    """Mean of dicts of numbers, key by key, over the values that are defined."""
+    keys = dict.fromkeys(key for score in scores for key in score)
+    values = {key: [s[key] for s in scores if not math.isnan(s.get(key, math.nan))] for key in keys}
+    return {key: float(np.mean(v)) if v else math.nan for key, v in values.items()}
+
+
+# ---- 9. Runs: one folder per method, fraction and split ------------------------------------------
+def run_name(config, backbone):
+    """<dataset>-<backbone>-<method>-<frac>-s<seed>, and every other setting off its default."""
+    name = f"{Path(config.dataset).name}-{Path(backbone).name}-{config.method}"
+    name += f"-{config.frac:g}-s{config.seed}"
+    for f in fields(Config):
+        if f.metadata["named"] and getattr(config, f.name) != f.default:
+            name += f"-{f.name}={getattr(config, f.name)}"
+    return "".join(c if c.isalnum() or c in ".,=_-" else "_" for c in name)
+
+
+def run_once(config, data, samples, origin):
+    """Train and evaluate one method on one split; return what metrics.json holds.
+
+    origin: backbone, hashes of checkpoint, embeddings and code. It goes into config.json, and a
+    run whose config.json is the same to the byte is finished: it is only read.
+    """
+    train, test = (np.flatnonzero(samples.split == part) for part in ("train", "test"))
+    generator = torch.Generator().manual_seed(config.seed)
+    labels = torch.cat([samples.truth, at_level(samples.truth, samples.taxonomy.klass)], 1)
+    rows = train[stratified_subset(labels[train], config.frac, generator)]
+    if config.method != "zeroshot":
+        check_subset(samples.truth[rows], samples.taxonomy, config)
+    settings = json.dumps({**asdict(config), **origin, "train_rows": rows.tolist()}, indent=1)
+    folder = Path(config.out) / run_name(config, origin["backbone"])
+    if not (folder.is_dir() and (folder / "config.json").read_text() == settings):
+        log = []
+        predict, state = METHODS[config.method](data, rows, config, generator, log)
+        with torch.no_grad():
+            margins = predict(data.images[test]).float().cpu()
+        if not margins.isfinite().all():
+            raise InputError(f"{folder.name}: training diverged; lower --lr.")
+        metrics = evaluate(margins, samples.truth[test], samples.truth[rows], samples.taxonomy)
+        write_run(folder, settings, log, state, metrics, score_rows(samples, test, margins))
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def check_subset(truth, taxonomy, config):
+    """Refuse to train where a class has no image."""
+    shown = at_level(truth, taxonomy.klass).any(0)
+    for name, t, any_image in zip(taxonomy.klass.names, taxonomy.klass.task, shown, strict=True):
+        if not any_image:
+            raise InputError(
+                f"class {name!r} of {taxonomy.tasks[t]['name']!r} has no image among the "
+                f"{len(truth)} training images of seed {config.seed} at --frac {config.frac:g}: "
+                "give a larger --frac.")
+
+
+def score_rows(samples, test, margins):
+    """Rows of scores.csv: image, its labels, the margin of every combination."""
+    names = np.array(samples.taxonomy.combination.names)
+    yield ["image", "labels", *names]
+    for n, values in zip(test, margins.tolist(), strict=True):
+        yield [samples.images[n].name, ";".join(names[samples.truth[n].numpy()]),
+               *(f"{value:.6g}" for value in values)]
+
+
+def write_run(folder, settings, log, state, metrics, scores):
+    """Write a run to a temporary folder, then rename: a folder that exists is complete."""
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    (unfinished / "config.json").write_text(settings)
+    (unfinished / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    with open(unfinished / "scores.csv", "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(scores)
+    if state:
+        save_file({k: v.contiguous().cpu() for k, v in state.items()},
+                  unfinished / "adapter.safetensors", {"config": settings})
+    text = json.dumps(metrics, indent=1).replace("NaN", "null")
+    (unfinished / "metrics.json").write_text(text + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
+
+
+def format_table(results):
+    """Mean and standard deviation over splits, one line a method, as a Markdown table."""
+    columns = [(level, score) for level in ("class", "class_concept") for score in SCORES]
+    table = [["method", *(f"{level.removeprefix('class_')} {score}" for level, score in columns)]]
+    for method, runs in results.items():
+        table.append([method])
+        for level, score in columns:
+            values = [m[level][score] for m in runs if m[level][score] is not None]
+            spread = f" ±{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+            table[-1].append(f"{np.mean(values):.2f}{spread}" if values else "-")
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in
+                                       zip(row, widths, strict=True)) + " |" for row in table)
+
+
+# ---- 10. Command line ----------------------------------------------------------------------------
+def find_folder(config):
+    """The prepared folder of a data set; `demo` is drawn when it is missing."""
+    for folder in (Path(config.data) / config.dataset, Path(config.dataset)):
+        if (folder / "samples.csv").is_file():
+            return folder
+    if config.dataset == "demo":
+        from data_prep import prepare_demo
+        return prepare_demo(Path(config.data))
+    raise InputError(f"{Path(config.data) / config.dataset} is no prepared folder: get the release "
+                     f"as README, Data, says, then run python data_prep.py {config.dataset} RAW.")
+
+
+def embed_dataset(config):
+    """Everything that all runs share: (Embedded on the device, Samples, origin)."""
+    samples = read_samples(find_folder(config))
+    if config.criterion:
+        samples = only_task(samples, config.criterion)
+    taxonomy, device = samples.taxonomy, config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = config.backbone or taxonomy.backbone
+    backbone = load_backbone(name, device)
+    checkpoint = digest_file(backbone.path)
+    key = hashlib.sha256((checkpoint + json.dumps(backbone.describe())).encode()).hexdigest()
+    prompts = [*taxonomy.prompts, config.negative_prompt or taxonomy.negative_prompt]
+    images, texts = embed(backbone, samples.images, prompts,
+                          Path(config.out) / "cache" / f"{key[:16]}.safetensors")
+    content = b"".join(t.numpy().tobytes() for t in (images, texts, samples.truth))
+    code = b"".join((HERE / name).read_bytes() for name in ("scale.py", "kernels/supcon.py"))
+    origin = {"backbone": name, "checkpoint_sha256": checkpoint, "device": str(device),
+              "data_sha256": hashlib.sha256(content).hexdigest(), "torch": torch.__version__,
+              "code_sha256": hashlib.sha256(code).hexdigest()}
+    data = Embedded(images, texts[:-1], texts[-1], samples.truth, taxonomy, backbone.logit_scale)
+    return to_device(data, device), samples, origin
+
+
+def run(config):
+    """All methods on all splits of one fraction; prints the table."""
+    names = list(METHODS) if config.method == "all" else config.method.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
+    data, samples, origin = embed_dataset(config)
+    torch.set_num_threads(1)  # Choice: small matrices; a second thread makes them slower
+    splits = config.splits or (1 if config.frac == 1 else 5)
+    jobs = [(name, config.seed + split) for name in names for split in range(splits)]
+    results = {name: [] for name in names}
+    for name, seed in progress(jobs, len(jobs), "run"):
+        one = replace(config, method=name, seed=seed, splits=1)
+        results[name].append(run_once(one, data, samples, origin))
+    m = results[names[0]][0]
+    print(f"\n{config.dataset}: {m['n_train']} training images ({config.frac:.0%}), {m['n_test']} "
+          f"test images, {splits} split(s), backbone {origin['backbone']}; runs in {config.out}/\n")
+    print(format_table(results))
+
+
+def main(argv=None):
+    """Exit code 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""
+    try:
+        run(parse(argv))
+    except InputError as error:
+        print(f"scale.py: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"scale.py: {error.filename}: {error.strerror}.", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
+    else:
+        return 0
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
