@@ -41,6 +41,7 @@ DERM7P = {
         "combinations": (1, 40, 16, 43)},
 }
 PHRASES = {  # where "<expression> <criterion>" is no English
+    "absent regression structures": "absent regression",
     "within regression vascular structures": "vascular structures within regression",
     "blue areas regression structures": "blue areas of regression",
     "white areas regression structures": "white areas of regression",

@@ -28,6 +28,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -45,16 +46,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernels.supcon import supcon_loss  # noqa
-def supcon_reference(features, labels, temperature=0.07):
-    logits = features @ features.mT / temperature  # (..., N, N)
-    itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    positive = (labels[..., None] == labels[..., None, :]) & ~itself
-    count = positive.sum(-1)
-    log_sum = logits.masked_fill(itself, -math.inf).logsumexp(-1)
-    mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
-    losses = torch.where(count > 0, log_sum - mean_positive, 0)
-    return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
+from kernels.supcon import supcon_loss, supcon_reference
 from weights import InputError
 from weights.clip import load_clip
 
@@ -102,17 +94,16 @@ def parse(argv):
         parser.add_argument(name, type=f.type, default=f.default, required=required,
                             help=f.metadata["help"] + ("" if required else " [%(default)s]"))
     config = Config(**vars(parser.parse_args(argv)))
-    if not 0 < config.frac <= 1:
-        raise InputError(f"--frac {config.frac:g} is not in (0, 1]: give 0.05 for 5%.")
-    if not (0 < config.alpha < 1 and config.temperature > 0 and config.epochs > 0):
-        raise InputError("--alpha must lie in (0, 1), --temperature and --epochs above 0.")
-    if config.rows not in ("unit", "raw"):
-        raise InputError(f"--rows {config.rows} is neither unit nor raw.")
-    try:
-        if len([float(part) for part in config.lambdas.split(",")]) != 4:
-            raise ValueError
-    except ValueError:
-        raise InputError(f"--lambdas {config.lambdas} must be four numbers: 1,1,0.1,0.1.") from None
+    number = r"\s*[\d.]+(e-?\d+)?\s*"
+    for name, fits, wanted in (
+            ("frac", 0 < config.frac <= 1, "in (0, 1]: 0.05 for 5% of the training images"),
+            ("alpha", 0 < config.alpha < 1, "in (0, 1)"), ("lr", config.lr > 0, "above 0"),
+            ("temperature", config.temperature > 0, "above 0"),
+            ("epochs", config.epochs > 0, "at least 1"), ("width", config.width > 0, "at least 1"),
+            ("rows", config.rows in ("unit", "raw"), "unit or raw"),
+            ("lambdas", re.fullmatch(f"({number},){{3}}{number}", config.lambdas), "four numbers")):
+        if not fits:
+            raise InputError(f"--{name} {getattr(config, name)} must be {wanted}.")
     return config
 
 
@@ -121,8 +112,9 @@ def parse(argv):
 class Level:
     """Combinations, concepts or classes of all tasks, side by side as K columns."""
 
-    names: list      # K strings
+    names: list            # K strings
     task: torch.Tensor     # (K,) index of the task that a column belongs to
+    own: torch.Tensor      # (T, K) bool: column k belongs to task t
     members: torch.Tensor  # (K, G) the combinations of each column, padded by repeating the first
 
 
@@ -130,38 +122,26 @@ class Level:
 class Taxonomy:
     """What is known beforehand: tasks, and which concept and class a combination h is made of."""
 
-    tasks: list            # one dict a task: name, exclusive, classes, concepts, combinations
+    spec: dict             # taxonomy.json: tasks, negative_prompt, backbone, root
     combination: Level     # H columns
     concept: Level         # L columns
     klass: Level           # C columns
-    prompts: list          # H strings
-    negative_prompt: str
-    backbone: str
-    root: Path             # `image` in samples.csv is relative to it
+
+    @property
+    def tasks(self):
+        """One dict a task: name, exclusive, classes, concepts, combinations."""
+        return self.spec["tasks"]
 
 
-def read_taxonomy(folder):
-    """Read and check `<folder>/taxonomy.json`."""
-    path = folder / "taxonomy.json"
-    try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        taxonomy = make_taxonomy(spec["tasks"], spec.get("negative_prompt", "No finding."),
-                                 spec.get("backbone", ""), folder / spec.get("root", ""))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no valid taxonomy ({type(error).__name__}: {error}): prepare "
-                         "the folder again with data_prep.py, or see README, Data.") from None
-    return taxonomy
-
-
-def make_taxonomy(tasks, *rest):
-    """Taxonomy of a list of tasks; ValueError where names do not fit together."""
+def make_taxonomy(spec):
+    """Taxonomy from the content of taxonomy.json; ValueError where names do not fit together."""
+    tasks = spec["tasks"]
     combinations = [(t, c) for t, task in enumerate(tasks) for c in task["combinations"]]
-    names = [c["name"] for _, c in combinations]
-    if len(set(names)) < len(names):
-        raise ValueError("combination names must be unique over all tasks")
-    levels = [make_level(tasks, combinations, *keys) for keys in
-              (("combinations", "name"), ("concepts", "concept"), ("classes", "class"))]
-    return Taxonomy(tasks, *levels, [c["prompt"] for _, c in combinations], *rest)
+    names = {c["name"] for _, c in combinations if isinstance(c["prompt"], str)}
+    if len(names) < len(combinations) or not all(task["exclusive"] in (0, 1) for task in tasks):
+        raise ValueError("a name or prompt is missing or not unique over all tasks")
+    return Taxonomy(spec, *(make_level(tasks, combinations, *keys) for keys in (
+        ("combinations", "name"), ("concepts", "concept"), ("classes", "class"))))
 
 
 def make_level(tasks, combinations, plural, part):
@@ -178,8 +158,9 @@ def make_level(tasks, combinations, plural, part):
         raise ValueError(f"a combination has a {part} that its task does not list once")
     size = max(len(members) for _, _, members in columns)
     padded = [members + members[:1] * (size - len(members)) for _, _, members in columns]
-    return Level([name for name, _, _ in columns], torch.tensor([t for _, t, _ in columns]),
-                 torch.tensor(padded))
+    task = torch.tensor([t for _, t, _ in columns])
+    own = task == torch.arange(len(tasks))[:, None]
+    return Level([name for name, _, _ in columns], task, own, torch.tensor(padded))
 
 
 @dataclass(frozen=True)
@@ -193,33 +174,35 @@ class Samples:
 
 
 def read_samples(folder):
-    """Read a prepared folder; InputError names the row of a wrong label or split."""
-    taxonomy, path = read_taxonomy(folder), folder / "samples.csv"
-    column = {name: h for h, name in enumerate(taxonomy.combination.names)}
+    """Read taxonomy.json and samples.csv; InputError names the row of a wrong label or split."""
+    path = folder / "taxonomy.json"
     try:
+        taxonomy = make_taxonomy(json.loads(path.read_text(encoding="utf-8")))
+        root, column = folder / taxonomy.spec.get("root", ""), taxonomy.combination.names.index
+        path = folder / "samples.csv"
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(row["image"], row["labels"].split(";"), row["split"], row.get("patient"))
                     for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, AttributeError, csv.Error) as error:
-        raise InputError(f"{path} must be a CSV file with the columns image, labels, split "
-                         f"({type(error).__name__}: {error}); see README, Data.") from None
-    truth = torch.zeros(len(rows), len(column), dtype=torch.bool)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+        raise InputError(f"{path} is not as README, Data, describes it ({type(error).__name__}: "
+                         f"{error}): run data_prep.py again.") from None
+    truth = torch.zeros(len(rows), len(taxonomy.combination.names), dtype=torch.bool)
     for n, (_, labels, split, _) in enumerate(rows):
         for label in filter(None, labels):
-            if label not in column:
+            if label not in taxonomy.combination.names:
                 raise InputError(f"{path} row {n + 2}: label {label!r} is not in taxonomy.json.")
-            truth[n, column[label]] = True
+            truth[n, column(label)] = True
         if split not in ("train", "valid", "test"):
             raise InputError(f"{path} row {n + 2}: split {split!r} is not train, valid or test.")
     check_samples(path, rows, truth, taxonomy)
-    return Samples(taxonomy, [taxonomy.root / row[0] for row in rows], truth,
+    return Samples(taxonomy, [root / row[0] for row in rows], truth,
                    np.array([row[2] for row in rows]))
 
 
 def check_samples(path, rows, truth, taxonomy):
     """Refuse rows without exactly one label per exclusive task, empty splits, shared patients."""
     for t, task in enumerate(taxonomy.tasks):
-        count = truth[:, taxonomy.combination.task == t].sum(1).tolist()
+        count = truth[:, taxonomy.combination.own[t]].sum(1).tolist()
         for n, labels in enumerate(count if task["exclusive"] else []):
             if labels != 1:
                 raise InputError(f"{path} row {n + 2}: {labels} labels for the exclusive task "
@@ -240,8 +223,8 @@ def only_task(samples, name):
     if name not in names:
         raise InputError(f"--criterion {name} is none of: {', '.join(names)}.")
     t = names.index(name)
-    new = make_taxonomy(old.tasks[t:t + 1], old.negative_prompt, old.backbone, old.root)
-    return replace(samples, taxonomy=new, truth=samples.truth[:, old.combination.task == t])
+    new = make_taxonomy({**old.spec, "tasks": [old.tasks[t]]})
+    return replace(samples, taxonomy=new, truth=samples.truth[:, old.combination.own[t]])
 
 
 def at_level(values, level):
@@ -406,10 +389,8 @@ def cross_entropy(z, truth, level, scale):
     z (N, K) cosines of a level's columns, truth (N, K) one column a task, scale: exp(logit_scale).
     """
     logits = scale * z
-    tasks = torch.arange(int(level.task.max()) + 1, device=z.device)
-    other = level.task != tasks[:, None]  # (T, K)
-    log_sum = logits[:, None].masked_fill(other, -math.inf).logsumexp(-1)  # (N, T)
-    return (log_sum.sum() - logits[truth].sum()) / log_sum.numel()
+    log_sum = logits[:, None].masked_fill(~level.own, -math.inf).logsumexp(-1)  # (N, T)
+    return (log_sum.sum() - (logits * truth).sum()) / log_sum.numel()
 
 
 def supcon_of_rows(z, truth, level, temperature, unit):
@@ -419,10 +400,10 @@ def supcon_of_rows(z, truth, level, temperature, unit):
     q_i . q_p = sum_h n_h z_ih z_ph: the rows of z * sqrt(n) stand for the rows of Q, exactly.
     One term per task over its own labels and columns, averaged.  # Choice
     """
-    own = level.task == torch.arange(int(level.task.max()) + 1, device=z.device)[:, None]  # (T, H)
-    rows = z * truth.sum(0).sqrt() * own[:, None]  # (T, N, H)
+    own = level.own[:, None]  # (T, 1, H)
+    rows = z * truth.sum(0).sqrt() * own  # (T, N, H)
     rows = F.normalize(rows, dim=-1) if unit else rows  # Choice: raw rows grow with N
-    labels = (truth & own[:, None]).int().argmax(-1)  # (T, N)
+    labels = (truth & own).int().argmax(-1)  # (T, N)
     if len(z) <= 512:  # one dense batch of small problems is faster than T calls
         return supcon_reference(rows, labels, temperature).mean()
     losses = [supcon_loss(*task, temperature) for task in zip(rows, labels, strict=True)]
@@ -438,15 +419,12 @@ def supcon_of_columns(z, truth, level, temperature, unit):
     columns = F.normalize(z, dim=0) if unit else z
     logits = columns.T @ columns / temperature  # (H, H)
     count = truth.sum(0)  # (H,)
-    others = count - torch.eye(len(count), device=z.device)  # (H, H): the anchor itself excluded
-    others = others.masked_fill(level.task != level.task[:, None], 0)
-    anchors = (count > 1).nonzero().flatten()  # those that have a positive
-    log_sum = (logits + others.clamp(min=0).log())[anchors].logsumexp(-1)
-    losses = log_sum - logits.diagonal()[anchors]
-    tasks = level.task[anchors]
-    weight = count[anchors] / torch.zeros(len(count), device=z.device).index_add(
-        0, tasks, count[anchors].float())[tasks]  # mean over a task's anchors
-    return (losses * weight).sum() / (level.task.max() + 1)
+    others = count - torch.eye(len(count), device=z.device)  # (H, H), the anchor itself left out
+    others = others.masked_fill(level.task != level.task[:, None], 0).clamp(min=0)
+    anchors = count * (count > 1)  # (H,), those that have a positive
+    log_sum = (logits + others.log()).masked_fill(anchors[:, None] == 0, 0).logsumexp(-1)
+    losses = (log_sum - logits.diagonal()) * anchors
+    return (level.own * losses).sum(1).div((level.own * anchors).sum(1).clamp(min=1)).mean()
 
 
 def scale_loss(z, truth, taxonomy, logit_scale, temperature, lambdas, unit=True):
@@ -597,7 +575,7 @@ def evaluate(margins, truth, trained, taxonomy):
     per_task = {task["name"]: {} for task in taxonomy.tasks}
     for name, level in (("class", taxonomy.klass), ("class_concept", taxonomy.combination)):
         for t, task in enumerate(taxonomy.tasks):
-            columns = level.task == t
+            columns = level.own[t]
             binary = name == "class" and task["exclusive"] and int(columns.sum()) == 2
             per_task[task["name"]][name] = score_task(
                 at_level(margins, level)[:, columns], at_level(truth, level)[:, columns],
@@ -650,7 +628,7 @@ def run_once(config, data, samples, origin):
         if not margins.isfinite().all():
             raise InputError(f"{folder.name}: training diverged; lower --lr.")
         metrics = evaluate(margins, samples.truth[test], samples.truth[rows], samples.taxonomy)
-        write_run(folder, settings, log, state, metrics, score_rows(samples, test, margins))
+        write_run(folder, settings, log, state, metrics, samples, test, margins)
     return json.loads((folder / "metrics.json").read_text())
 
 
@@ -665,26 +643,22 @@ def check_subset(truth, taxonomy, config):
                 "give a larger --frac.")
 
 
-def score_rows(samples, test, margins):
-    """Rows of scores.csv: image, its labels, the margin of every combination."""
-    names = np.array(samples.taxonomy.combination.names)
-    yield ["image", "labels", *names]
-    for n, values in zip(test, margins.tolist(), strict=True):
-        yield [samples.images[n].name, ";".join(names[samples.truth[n].numpy()]),
-               *(f"{value:.6g}" for value in values)]
-
-
-def write_run(folder, settings, log, state, metrics, scores):
+def write_run(folder, settings, log, state, metrics, samples, test, margins):
     """Write a run to a temporary folder, then rename: a folder that exists is complete."""
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     (unfinished / "config.json").write_text(settings)
     (unfinished / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    with open(unfinished / "scores.csv", "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(scores)
+    names = np.array(samples.taxonomy.combination.names)
+    with open(unfinished / "scores.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "labels", *names])
+        for n, values in zip(test, margins.tolist(), strict=True):
+            writer.writerow([samples.images[n].name, ";".join(names[samples.truth[n].numpy()]),
+                             *(f"{value:.6g}" for value in values)])
     if state:
-        save_file({k: v.contiguous().cpu() for k, v in state.items()},
+        save_file({name: tensor.cpu() for name, tensor in state.items()},
                   unfinished / "adapter.safetensors", {"config": settings})
     text = json.dumps(metrics, indent=1).replace("NaN", "null")
     (unfinished / "metrics.json").write_text(text + "\n")
@@ -726,22 +700,24 @@ def embed_dataset(config):
     samples = read_samples(find_folder(config))
     if config.criterion:
         samples = only_task(samples, config.criterion)
-    taxonomy, device = samples.taxonomy, config.device
+    spec, device = samples.taxonomy.spec, config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = config.backbone or taxonomy.backbone
+    name = config.backbone or spec.get("backbone", "monet")
     backbone = load_backbone(name, device)
     checkpoint = digest_file(backbone.path)
     key = hashlib.sha256((checkpoint + json.dumps(backbone.describe())).encode()).hexdigest()
-    prompts = [*taxonomy.prompts, config.negative_prompt or taxonomy.negative_prompt]
-    images, texts = embed(backbone, samples.images, prompts,
+    prompts = [c["prompt"] for task in spec["tasks"] for c in task["combinations"]]
+    negative = config.negative_prompt or spec.get("negative_prompt", "No finding.")
+    images, texts = embed(backbone, samples.images, [*prompts, negative],
                           Path(config.out) / "cache" / f"{key[:16]}.safetensors")
     content = b"".join(t.numpy().tobytes() for t in (images, texts, samples.truth))
     code = b"".join((HERE / name).read_bytes() for name in ("scale.py", "kernels/supcon.py"))
     origin = {"backbone": name, "checkpoint_sha256": checkpoint, "device": str(device),
               "data_sha256": hashlib.sha256(content).hexdigest(), "torch": torch.__version__,
               "code_sha256": hashlib.sha256(code).hexdigest()}
-    data = Embedded(images, texts[:-1], texts[-1], samples.truth, taxonomy, backbone.logit_scale)
+    data = Embedded(images, texts[:-1], texts[-1], samples.truth, samples.taxonomy,
+                    backbone.logit_scale)
     return to_device(data, device), samples, origin
 
 

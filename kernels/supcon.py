@@ -20,18 +20,21 @@ HALF = (torch.float16, torch.bfloat16)
 
 # ---- 1. The formula, as plain torch writes it: the reference and the yardstick ----
 def supcon_reference(features, labels, temperature=0.07, contrast=None, contrast_labels=None):
-    """Mean SupCon loss with dense (N, M) matrices: what the rest of this file computes."""
+    """Mean SupCon loss with dense (N, M) matrices: what the rest of this file computes.
+
+    Leading dimensions are independent problems: (..., N, D) and (..., N) give (...).
+    """
     alone = contrast is None
     others, other_labels = (features, labels) if alone else (contrast, contrast_labels)
-    logits = features @ others.T / temperature  # (N, M)
-    positive = labels[:, None] == other_labels
+    logits = features @ others.mT / temperature  # (..., N, M)
+    positive = labels[..., None] == other_labels[..., None, :]
     if alone:
-        itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+        itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=features.device)
         logits, positive = logits.masked_fill(itself, -math.inf), positive & ~itself
-    count = positive.sum(1)
-    mean_positive = torch.where(positive, logits, 0).sum(1) / count.clamp(min=1)
-    losses = torch.where(count > 0, logits.logsumexp(1) - mean_positive, 0)
-    return losses.sum() / (count > 0).sum().clamp(min=1)
+    count = positive.sum(-1)
+    mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
+    losses = torch.where(count > 0, logits.logsumexp(-1) - mean_positive, 0)
+    return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
 
 
 # ---- 2. One tile in torch ----
@@ -73,6 +76,117 @@ def _torch_weights(a, b, a_labels, b_labels, scale, offset, kind, rows, cols):
     weights.add_(positive * grad_sum)
     weights.diagonal(offset).fill_(0)
     return weights
+
+
+# ---- 3. The same two tiles in Triton ----
+if triton is not None:
+
+    @triton.jit
+    def _triton_logits(a_ptr, b_ptr, rows, cols, n_rows, n_cols, depth,
+                       DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+                       UPCAST: tl.constexpr):
+        """Inner products of the rows of a and b, over the first `depth` features, in fp32."""
+        d = tl.arange(0, BLOCK_D)
+        a_rows = a_ptr + rows.to(tl.int64)[:, None] * DIM
+        b_rows = b_ptr + cols.to(tl.int64)[None, :] * DIM
+        total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+        for start in range(0, depth, BLOCK_D):
+            k = start + d
+            a = tl.load(a_rows + k[None, :], (rows < n_rows)[:, None] & (k < DIM)[None, :], 0.0)
+            b = tl.load(b_rows + k[:, None], (k < DIM)[:, None] & (cols < n_cols)[None, :], 0.0)
+            if UPCAST:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        return total
+
+    @triton.jit
+    def _same_label(a_label_ptr, b_label_ptr, rows, cols, n_rows, n_cols):
+        a_labels = tl.load(a_label_ptr + rows, rows < n_rows, 0)
+        b_labels = tl.load(b_label_ptr + cols, cols < n_cols, 0)
+        return a_labels[:, None] == b_labels[None, :]
+
+    @triton.jit
+    def _store_statistics(out_ptr, logits, same, tile, n_tiles, index, n, AXIS: tl.constexpr):
+        """Log-sum-exp, positive sum and count along AXIS to out[:, tile, index]; base 2 in."""
+        out = out_ptr + tile.to(tl.int64) * n + index
+        plane = n_tiles.to(tl.int64) * n
+        positive = tl.where(same, logits, float("-inf"))
+        found = positive > float("-inf")
+        total = tl.sum(tl.where(found, positive, 0.0), AXIS) * 0.6931471805599453
+        tl.store(out + plane, total, index < n)
+        tl.store(out + 2 * plane, tl.sum(found.to(tl.float32), AXIS), index < n)
+        top = tl.maximum(tl.max(logits, AXIS), -1e30)
+        total = tl.sum(tl.exp2(logits - tl.expand_dims(top, AXIS)), AXIS)
+        tl.store(out, (top + tl.log2(total)) * 0.6931471805599453, index < n)
+
+    @triton.jit
+    def _statistics_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, scale_ptr, row_ptr, col_ptr,
+                           n_rows, n_cols, offset,
+                           DIM: tl.constexpr, SYMMETRIC: tl.constexpr, COLUMNS: tl.constexpr,
+                           BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+                           PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+        r, c = tl.program_id(0), tl.program_id(1)
+        rows = r * BLOCK_R + tl.arange(0, BLOCK_R)
+        cols = c * BLOCK_C + tl.arange(0, BLOCK_C)
+        depth = DIM
+        if SYMMETRIC:
+            depth = tl.where((c + 1) * BLOCK_C > r * BLOCK_R, DIM, 0)
+        logits = _triton_logits(a_ptr, b_ptr, rows, cols, n_rows, n_cols, depth, DIM, BLOCK_D,
+                                PRECISION, UPCAST)
+        logits *= tl.load(scale_ptr) * 1.4426950408889634
+        keep = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        if SYMMETRIC:
+            keep = keep & (cols[None, :] > rows[:, None])
+        else:
+            keep = keep & (cols[None, :] != (rows + offset)[:, None])
+        logits = tl.where(keep, logits, float("-inf"))
+        same = _same_label(a_label_ptr, b_label_ptr, rows, cols, n_rows, n_cols)
+        _store_statistics(row_ptr, logits, same, c, tl.num_programs(1), rows, n_rows, 1)
+        if COLUMNS:  # labels loaded anew: keeping the comparison alive costs more registers
+            same = _same_label(a_label_ptr, b_label_ptr, rows, cols, n_rows, n_cols)
+            _store_statistics(col_ptr, logits, same, r, tl.num_programs(0), cols, n_cols, 0)
+
+    @triton.jit
+    def _weights_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, scale_ptr, row_ptr, col_ptr, out_ptr,
+                        n_rows, n_cols, offset, row_plane, col_plane,
+                        DIM: tl.constexpr, COLUMNS: tl.constexpr,
+                        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+                        PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+        rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        row_in, col_in = rows < n_rows, cols < n_cols
+        logits = _triton_logits(a_ptr, b_ptr, rows, cols, n_rows, n_cols, DIM, DIM, BLOCK_D,
+                                PRECISION, UPCAST)
+        logits *= tl.load(scale_ptr) * 1.4426950408889634
+        lse = tl.load(row_ptr + rows, row_in, 0.0) * 1.4426950408889634
+        grad_lse = tl.load(row_ptr + row_plane + rows, row_in, 0.0)
+        grad_sum = tl.load(row_ptr + 2 * row_plane + rows, row_in, 0.0)
+        weights = tl.exp2(logits - lse[:, None]) * grad_lse[:, None]
+        share = grad_sum[:, None]
+        if COLUMNS:
+            lse = tl.load(col_ptr + cols, col_in, 0.0) * 1.4426950408889634
+            grad_lse = tl.load(col_ptr + col_plane + cols, col_in, 0.0)
+            grad_sum = tl.load(col_ptr + 2 * col_plane + cols, col_in, 0.0)
+            weights += tl.exp2(logits - lse[None, :]) * grad_lse[None, :]
+            share = share + grad_sum[None, :]
+        a_label = tl.load(a_label_ptr + rows, row_in, 0)
+        b_label = tl.load(b_label_ptr + cols, col_in, 0)
+        weights += tl.where(a_label[:, None] == b_label[None, :], share, 0.0)
+        weights = tl.where(cols[None, :] == (rows + offset)[:, None], 0.0, weights)
+        out = out_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
+        tl.store(out, weights.to(out_ptr.dtype.element_ty), row_in[:, None] & col_in[None, :])
+
+
+# (rows, columns, depth) of a tile: no register spills and tensor cores on sm_80 and sm_90
+_BLOCKS = {torch.float32: (128, 64, 32), torch.float16: (128, 128, 64), torch.bfloat16: (128, 128, 64)}
+
+
+def _launch(kernel, a, b, a_labels, b_labels, scale, *arguments, **constants):
+    interpreted = not a.is_cuda
+    rows, cols, depth = (32, 32, 32) if interpreted else _BLOCKS[a.dtype]
+    grid = triton.cdiv(len(a), rows), triton.cdiv(len(b), cols)
+    kernel[grid](a, b, a_labels, b_labels, scale, *arguments, DIM=a.shape[1], BLOCK_R=rows, BLOCK_C=cols, BLOCK_D=depth,
+        PRECISION="tf32x3", UPCAST=interpreted and a.dtype in HALF, num_warps=8, num_stages=3, **constants)
 
 
 # ---- 4. All pairs: a loop over blocks of rows ----
