@@ -2,6 +2,7 @@
 
     python data_prep.py derm7p RAW      # RAW: the unpacked release_v0 of Derm7pt
     python data_prep.py demo            # synthetic phantoms in the same layout (scale.py does this)
+    python data_prep.py weights monet   # says which files of a checkpoint belong where
 
 A prepared folder <data>/<name>/ holds two files; the images stay where they are:
     taxonomy.json   tasks with their classes, concepts and combinations, prompts, backbone, root
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from weights import InputError
 
-# ---- Derm7p: the 28 expressions of the seven-point checklist ----------------------------------
+# ---- Derm7p: the 28 expressions of the seven-point checklist -------------------------------------
 # criterion -> expression -> (score, images in the official train, valid and test split). A score
 # above 0 speaks for melanoma: the class belongs to the expression, not to the patient's diagnosis.
 DERM7P = {
@@ -165,7 +166,7 @@ def write_prepared(folder, taxonomy, samples):
     os.replace(partial, folder / "samples.csv")
 
 
-# ---- The demo: synthetic phantoms in Derm7p's layout ------------------------------------------
+# ---- The demo: synthetic phantoms in Derm7p's layout ---------------------------------------------
 def prepare_demo(data):
     """Draw phantoms into <data>/demo/release_v0 and prepare them as Derm7p; return the folder."""
     from weights.phantoms import write_demo_release
@@ -174,6 +175,23 @@ def prepare_demo(data):
     write_demo_release(folder / "release_v0", DERM7P)
     prepare_derm7p(folder, folder, backbone="demo")
     return folder
+
+
+# ---- Weights -------------------------------------------------------------------------------------
+SOURCES = {  # name: where its authors publish it, licence
+    "monet": ("chanwkim/monet on Hugging Face", "CC BY-NC-SA 4.0"),
+    "clip": ("openai/clip-vit-large-patch14 on Hugging Face", "MIT"),
+}
+
+
+def explain_weights(name):
+    """What to put into weights/<name>/; InputError for a name that nobody publishes."""
+    if name not in SOURCES:
+        raise InputError(f"weights {name!r} is none of {', '.join(SOURCES)}; a folder of your own "
+                         "needs model.safetensors, config.json, vocab.json and merges.txt.")
+    source, licence = SOURCES[name]
+    return (f"download model.safetensors, config.json, preprocessor_config.json, vocab.json and "
+            f"merges.txt of {source} ({licence}) into weights/{name}/")
 
 
 def main(argv=None):
@@ -185,10 +203,13 @@ def main(argv=None):
         command.add_argument("--data", default="data", type=Path, help="where to write [data]")
         if name != "demo":
             command.add_argument("raw", type=Path, help="folder of the release as downloaded")
+    commands.add_parser("weights").add_argument("name", help=" or ".join(SOURCES))
     args = parser.parse_args(argv)
     try:
         if args.command == "demo":
             print(f"{prepare_demo(args.data)}: synthetic phantoms, no patient, no medical meaning")
+        elif args.command == "weights":
+            print(explain_weights(args.name))
         else:
             samples = prepare_derm7p(args.raw, args.data / args.command)
             print_counts(samples)

@@ -46,7 +46,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernels.supcon import supcon_loss, supcon_reference
+from kernels.supcon import supcon_loss
 from weights import InputError
 from weights.clip import load_clip
 
@@ -393,6 +393,17 @@ def cross_entropy(z, truth, level, scale):
     return (log_sum.sum() - (logits * truth).sum()) / log_sum.numel()
 
 
+def supcon_reference(features, labels, temperature=0.07):
+    logits = features @ features.mT / temperature  # (..., N, N)
+    itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    positive = (labels[..., None] == labels[..., None, :]) & ~itself
+    count = positive.sum(-1)
+    log_sum = logits.masked_fill(itself, -math.inf).logsumexp(-1)
+    mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
+    losses = torch.where(count > 0, log_sum - mean_positive, 0)
+    return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
+
+
 def supcon_of_rows(z, truth, level, temperature, unit):
     """L_SupCon(G, Q), Eq. 2: anchors are the rows of Q, positives share the combination.
 
@@ -703,6 +714,11 @@ def embed_dataset(config):
     spec, device = samples.taxonomy.spec, config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not to be had ({str(error).splitlines()[0]}): "
+                         "try --device cpu.") from None
     name = config.backbone or spec.get("backbone", "monet")
     backbone = load_backbone(name, device)
     checkpoint = digest_file(backbone.path)
@@ -745,15 +761,12 @@ def main(argv=None):
     """Exit code 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""
     try:
         run(parse(argv))
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"scale.py: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"scale.py: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
-    else:
-        return 0
-    return 2
+    return 0
 
 
 if __name__ == "__main__":

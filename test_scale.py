@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -545,6 +546,7 @@ BAD_INPUT = {
     "unknown criterion": (["--criterion", "colour"], None, "colour"),
     "no data": (["--dataset", "derm7p"], None, "data_prep.py derm7p"),
     "no weights": (["--backbone", "monet"], None, "weights monet"),
+    "no such device": (["--device", "cuda:77"], None, "--device cpu"),
     "empty subset": (["--frac", "0.003"], None, "no image"),
     "unknown label": ([], ("samples.csv", "absent streaks", "absent streeks"), "streeks"),
     "unknown split": ([], ("samples.csv", ",train,", ",tran,"), "'tran'"),
@@ -563,6 +565,7 @@ def test_bad_input(demo, tmp_path, capsys, monkeypatch, name):
     for file in ("samples.csv", "taxonomy.json"):
         (folder / file).write_text((demo[0] / "data" / "demo" / file).read_text())
     (folder / "release_v0").symlink_to(demo[0] / "data" / "demo" / "release_v0")
+    shutil.copytree(demo[0] / "runs" / "cache", tmp_path / "runs" / "cache")
     if change:
         edit(folder / change[0], *change[1:])
     monkeypatch.chdir(tmp_path)

@@ -1,322 +1,374 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supervised contrastive loss over N x N pairs without ever holding an N x N matrix.
+"""Supervised contrastive loss over all N x N pairs, without ever holding an N x N matrix.
 
-(essay to come)
+    loss_i = log sum_{j != i} exp(x_i . x_j / tau) - mean_{p in P(i)} x_i . x_p / tau
+
+P(i): the other samples with the label of i (L_out of Khosla et al., arXiv:2004.11362). Autograd
+on the formula keeps five N x N matrices and spends three products of 2 N^2 D operations. Here
+the matrix is made tile by tile, twice, and never kept: memory O(block x N), two products.
+  forward   a tile gives log-sum-exp, sum and number of positives of its rows AND its columns:
+            the upper triangle of a symmetric matrix is enough (half a product), and CLIP's two
+            directions are one pass.
+  backward  the tile again (half), turned into dL/dlogits of both directions, softmax minus
+            positives, in float32 before any rounding, so that confident positives keep their
+            gradient in bfloat16; then times the features (one product).
+No atomics: the same input gives the same bits. Tiles come from Triton on a GPU (bf16, fp16 with
+fp32 sums; fp32 by three tf32 products: one truncates and costs 1e-3 of loss), else from torch.
+Tested: float64 loops, gradcheck, errors beside plain torch's in the same dtype; Triton in its
+interpreter with a guard against races and out-of-bounds access, and compiled ahead of time for
+sm_80 and sm_90 (tensor cores, no register spills). It has NOT yet run on a GPU.
+
+    loss = supcon_loss(torch.nn.functional.normalize(features, dim=1), labels)
+    python supcon.py --sizes 512 4096        # benchmark; on a GPU it first checks the kernels
 """
-
 import math
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import normalize
 
 try:
     import triton
     import triton.language as tl
-except ImportError:
+except ImportError:  # no Triton on this platform: torch tiles do everything
     triton = None
 
-HALF = (torch.float16, torch.bfloat16)
+
+# ---- 1. The formula in plain torch: reference and yardstick ----
+def supcon_reference(features, labels, temperature=0.07):
+    """Mean SupCon loss by dense (N, N) matrices and autograd."""
+    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
+    logits = (features @ features.T / temperature).masked_fill(itself, -math.inf)
+    positive = (labels[:, None] == labels) & ~itself
+    count = positive.sum(1)
+    mean_positive = torch.where(positive, logits, 0).sum(1) / count.clamp(min=1)
+    losses = torch.where(count > 0, logits.logsumexp(1) - mean_positive, 0)
+    return losses.sum() / (count > 0).sum().clamp(min=1)
 
 
-# ---- 1. The formula, as plain torch writes it: the reference and the yardstick ----
-def supcon_reference(features, labels, temperature=0.07, contrast=None, contrast_labels=None):
-    """Mean SupCon loss with dense (N, M) matrices: what the rest of this file computes.
+# ---- 2. One tile of R rows and C columns, in torch ----
+def _torch_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, cols=None):
+    """(lse, positive sum, count) of the tile's rows (3, R) and of its columns (3, C).
 
-    Leading dimensions are independent problems: (..., N, D) and (..., N) give (...).
+    Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
     """
-    alone = contrast is None
-    others, other_labels = (features, labels) if alone else (contrast, contrast_labels)
-    logits = features @ others.mT / temperature  # (..., N, M)
-    positive = labels[..., None] == other_labels[..., None, :]
-    if alone:
-        itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=features.device)
-        logits, positive = logits.masked_fill(itself, -math.inf), positive & ~itself
-    count = positive.sum(-1)
-    mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
-    losses = torch.where(count > 0, logits.logsumexp(-1) - mean_positive, 0)
-    return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
-
-
-# ---- 2. One tile in torch ----
-def _torch_logits(a, b, a_labels, b_labels, scale):
-    """Logits (R, C) of a block of rows, and which of these pairs share a label."""
-    return (a * scale) @ b.T, a_labels[:, None] == b_labels
-
-
-def _torch_statistics(a, b, a_labels, b_labels, scale, offset, kind):
-    logits, positive = _torch_logits(a, b, a_labels, b_labels, scale)
-    if kind == "symmetric":
-        hidden = torch.ones(len(a), len(a), dtype=torch.bool, device=a.device).tril_()
-        logits[:, : len(a)].masked_fill_(hidden, -math.inf)
-        positive[:, : len(a)].masked_fill_(hidden, False)
-    else:
-        logits.diagonal(offset).fill_(-math.inf)
-        positive.diagonal(offset).fill_(False)
-    scratch = torch.where(positive, logits, 0)
-    directions = (1,) if kind == "rows" else (1, 0)
-    found = [(scratch.sum(d), positive.sum(d, dtype=logits.dtype)) for d in directions]
-    results = []
-    for d, sums in zip(directions, found, strict=True):
+    logits = (a.to(scale.dtype) * scale) @ b.to(scale.dtype).T
+    same = a_labels[:, None] == b_labels
+    if rows is not None:
+        weights = (logits - rows[0, :, None]).exp_().mul_(rows[1, :, None])
+        weights += logits.sub_(cols[0]).exp_().mul_(cols[1])
+        weights += torch.add(rows[2, :, None], cols[2], out=logits).mul_(same)
+        weights.diagonal(offset).zero_()
+        return weights
+    i, j = torch.arange(len(a), device=a.device)[:, None], torch.arange(len(b), device=a.device)
+    hidden = j <= i if symmetric else j == i + offset  # symmetric: seen from the other side
+    positive = same.masked_fill_(hidden, False)
+    sums = torch.where(positive, logits, 0)
+    logits.masked_fill_(hidden, -math.inf)
+    statistics = []
+    for d in (1, 0):
         top = logits.amax(d, keepdim=True).clamp_(min=-1e30)
-        total = torch.sub(logits, top, out=scratch).exp_().sum(d)
-        results.append(torch.stack([top.squeeze(d) + total.log(), *sums]))
-    return results[0], results[-1]
+        lse = (logits - top).exp_().sum(d).log_() + top.squeeze(d)
+        statistics.append(torch.stack([lse, sums.sum(d), positive.sum(d)]))
+    return statistics
 
 
-def _torch_weights(a, b, a_labels, b_labels, scale, offset, kind, rows, cols):
-    logits, positive = _torch_logits(a, b, a_labels, b_labels, scale)
-    lse, grad_lse, grad_sum = rows[:, :, None]
-    weights = logits if kind == "rows" else logits.clone()
-    weights.sub_(lse).exp_().mul_(grad_lse)
-    if kind != "rows":
-        lse, grad_lse, grad_column = cols
-        weights.add_(logits.sub_(lse).exp_().mul_(grad_lse))
-        torch.add(grad_sum, grad_column, out=logits)
-        grad_sum = logits
-    weights.add_(positive * grad_sum)
-    weights.diagonal(offset).fill_(0)
-    return weights
-
-
-# ---- 3. The same two tiles in Triton ----
+# ---- 3. The same tile in Triton; logits in base 2 inside ----
 if triton is not None:
 
     @triton.jit
-    def _triton_logits(a_ptr, b_ptr, rows, cols, n_rows, n_cols, depth,
-                       DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-                       UPCAST: tl.constexpr):
-        """Inner products of the rows of a and b, over the first `depth` features, in fp32."""
-        d = tl.arange(0, BLOCK_D)
+    def _tile_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, scale_ptr,  # inputs
+                     row_ptr, col_ptr, weight_ptr, n_rows, n_cols, offset,
+                     SYMMETRIC: tl.constexpr, WEIGHTS: tl.constexpr, UPCAST: tl.constexpr,
+                     DIM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+        """WEIGHTS: read row (3, n_rows) and col (3, n_cols), write weight (n_rows, n_cols).
+        Else write the tile's statistics to row (tiles, 3, n_rows) and col (tiles, 3, n_cols)."""
+        r, c = tl.program_id(0), tl.program_id(1)
+        rows, cols = r * R + tl.arange(0, R), c * C + tl.arange(0, C)
+        row_in, col_in = rows < n_rows, cols < n_cols
+        hidden = cols[None, :] == (rows + offset)[:, None]
+        depth = DIM
+        if SYMMETRIC and not WEIGHTS:  # the lower triangle is seen from the other side
+            hidden = cols[None, :] <= rows[:, None]
+            depth = tl.where((c + 1) * C > r * R, DIM, 0)  # a tile below it needs no products
         a_rows = a_ptr + rows.to(tl.int64)[:, None] * DIM
         b_rows = b_ptr + cols.to(tl.int64)[None, :] * DIM
-        total = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-        for start in range(0, depth, BLOCK_D):
-            k = start + d
-            a = tl.load(a_rows + k[None, :], (rows < n_rows)[:, None] & (k < DIM)[None, :], 0.0)
-            b = tl.load(b_rows + k[:, None], (k < DIM)[:, None] & (cols < n_cols)[None, :], 0.0)
-            if UPCAST:
+        logits = tl.zeros((R, C), tl.float32)
+        for start in range(0, depth, D):
+            d = start + tl.arange(0, D)
+            a = tl.load(a_rows + d[None, :], row_in[:, None] & (d < DIM)[None, :], 0.0)
+            b = tl.load(b_rows + d[:, None], (d < DIM)[:, None] & col_in[None, :], 0.0)
+            if UPCAST:  # Triton's interpreter would multiply the bit patterns of bfloat16
                 a, b = a.to(tl.float32), b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision=PRECISION)
-        return total
-
-    @triton.jit
-    def _same_label(a_label_ptr, b_label_ptr, rows, cols, n_rows, n_cols):
-        a_labels = tl.load(a_label_ptr + rows, rows < n_rows, 0)
-        b_labels = tl.load(b_label_ptr + cols, cols < n_cols, 0)
-        return a_labels[:, None] == b_labels[None, :]
-
-    @triton.jit
-    def _store_statistics(out_ptr, logits, same, tile, n_tiles, index, n, AXIS: tl.constexpr):
-        """Log-sum-exp, positive sum and count along AXIS to out[:, tile, index]; base 2 in."""
-        out = out_ptr + tile.to(tl.int64) * n + index
-        plane = n_tiles.to(tl.int64) * n
-        positive = tl.where(same, logits, float("-inf"))
-        found = positive > float("-inf")
-        total = tl.sum(tl.where(found, positive, 0.0), AXIS) * 0.6931471805599453
-        tl.store(out + plane, total, index < n)
-        tl.store(out + 2 * plane, tl.sum(found.to(tl.float32), AXIS), index < n)
-        top = tl.maximum(tl.max(logits, AXIS), -1e30)
-        total = tl.sum(tl.exp2(logits - tl.expand_dims(top, AXIS)), AXIS)
-        tl.store(out, (top + tl.log2(total)) * 0.6931471805599453, index < n)
-
-    @triton.jit
-    def _statistics_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, scale_ptr, row_ptr, col_ptr,
-                           n_rows, n_cols, offset,
-                           DIM: tl.constexpr, SYMMETRIC: tl.constexpr, COLUMNS: tl.constexpr,
-                           BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-                           PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-        r, c = tl.program_id(0), tl.program_id(1)
-        rows = r * BLOCK_R + tl.arange(0, BLOCK_R)
-        cols = c * BLOCK_C + tl.arange(0, BLOCK_C)
-        depth = DIM
-        if SYMMETRIC:
-            depth = tl.where((c + 1) * BLOCK_C > r * BLOCK_R, DIM, 0)
-        logits = _triton_logits(a_ptr, b_ptr, rows, cols, n_rows, n_cols, depth, DIM, BLOCK_D,
-                                PRECISION, UPCAST)
+            logits = tl.dot(a, b, logits, input_precision="tf32x3")
         logits *= tl.load(scale_ptr) * 1.4426950408889634
-        keep = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-        if SYMMETRIC:
-            keep = keep & (cols[None, :] > rows[:, None])
-        else:
-            keep = keep & (cols[None, :] != (rows + offset)[:, None])
-        logits = tl.where(keep, logits, float("-inf"))
-        same = _same_label(a_label_ptr, b_label_ptr, rows, cols, n_rows, n_cols)
-        _store_statistics(row_ptr, logits, same, c, tl.num_programs(1), rows, n_rows, 1)
-        if COLUMNS:  # labels loaded anew: keeping the comparison alive costs more registers
-            same = _same_label(a_label_ptr, b_label_ptr, rows, cols, n_rows, n_cols)
-            _store_statistics(col_ptr, logits, same, r, tl.num_programs(0), cols, n_cols, 0)
-
-    @triton.jit
-    def _weights_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, scale_ptr, row_ptr, col_ptr, out_ptr,
-                        n_rows, n_cols, offset, row_plane, col_plane,
-                        DIM: tl.constexpr, COLUMNS: tl.constexpr,
-                        BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-                        PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-        rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-        cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        row_in, col_in = rows < n_rows, cols < n_cols
-        logits = _triton_logits(a_ptr, b_ptr, rows, cols, n_rows, n_cols, DIM, DIM, BLOCK_D,
-                                PRECISION, UPCAST)
-        logits *= tl.load(scale_ptr) * 1.4426950408889634
-        lse = tl.load(row_ptr + rows, row_in, 0.0) * 1.4426950408889634
-        grad_lse = tl.load(row_ptr + row_plane + rows, row_in, 0.0)
-        grad_sum = tl.load(row_ptr + 2 * row_plane + rows, row_in, 0.0)
-        weights = tl.exp2(logits - lse[:, None]) * grad_lse[:, None]
-        share = grad_sum[:, None]
-        if COLUMNS:
+        if WEIGHTS:
+            lse = tl.load(row_ptr + rows, row_in, 0.0) * 1.4426950408889634
+            grad_lse = tl.load(row_ptr + n_rows + rows, row_in, 0.0)
+            share = tl.load(row_ptr + 2 * n_rows + rows, row_in, 0.0)[:, None]
+            weights = tl.exp2(logits - lse[:, None]) * grad_lse[:, None]
             lse = tl.load(col_ptr + cols, col_in, 0.0) * 1.4426950408889634
-            grad_lse = tl.load(col_ptr + col_plane + cols, col_in, 0.0)
-            grad_sum = tl.load(col_ptr + 2 * col_plane + cols, col_in, 0.0)
+            grad_lse = tl.load(col_ptr + n_cols + cols, col_in, 0.0)
+            share += tl.load(col_ptr + 2 * n_cols + cols, col_in, 0.0)[None, :]
             weights += tl.exp2(logits - lse[None, :]) * grad_lse[None, :]
-            share = share + grad_sum[None, :]
-        a_label = tl.load(a_label_ptr + rows, row_in, 0)
-        b_label = tl.load(b_label_ptr + cols, col_in, 0)
-        weights += tl.where(a_label[:, None] == b_label[None, :], share, 0.0)
-        weights = tl.where(cols[None, :] == (rows + offset)[:, None], 0.0, weights)
-        out = out_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
-        tl.store(out, weights.to(out_ptr.dtype.element_ty), row_in[:, None] & col_in[None, :])
+            a_label = tl.load(a_label_ptr + rows, row_in, 0)[:, None]
+            b_label = tl.load(b_label_ptr + cols, col_in, 0)[None, :]
+            weights += tl.where(a_label == b_label, share, 0.0)
+            weights = tl.where(hidden, 0.0, weights).to(weight_ptr.dtype.element_ty)
+            out = weight_ptr + rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
+            tl.store(out, weights, row_in[:, None] & col_in[None, :])
+        else:
+            hidden = hidden | ~(row_in[:, None] & col_in[None, :])
+            logits = tl.where(hidden, float("-inf"), logits)
+            for axis in tl.static_range(2):  # labels loaded twice: kept, `positive` spills
+                a_label = tl.load(a_label_ptr + rows, row_in, 0)[:, None]
+                b_label = tl.load(b_label_ptr + cols, col_in, 0)[None, :]
+                positive = tl.where(a_label == b_label, logits, float("-inf"))
+                found = positive > float("-inf")
+                top = tl.maximum(tl.max(logits, axis), -1e30)
+                total = tl.sum(tl.exp2(logits - tl.expand_dims(top, axis)), axis)
+                if axis == 0:
+                    out, n, index = col_ptr + r.to(tl.int64) * 3 * n_cols, n_cols, cols
+                else:
+                    out, n, index = row_ptr + c.to(tl.int64) * 3 * n_rows, n_rows, rows
+                tl.store(out + index, (top + tl.log2(total)) * 0.6931471805599453, index < n)
+                total = tl.sum(tl.where(found, positive, 0.0), axis) * 0.6931471805599453
+                tl.store(out + n + index, total, index < n)
+                tl.store(out + 2 * n + index, tl.sum(found.to(tl.float32), axis), index < n)
 
 
-# (rows, columns, depth) of a tile: no register spills and tensor cores on sm_80 and sm_90
-_BLOCKS = {torch.float32: (128, 64, 32), torch.float16: (128, 128, 64), torch.bfloat16: (128, 128, 64)}
+def _triton_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, cols=None):
+    """What `_torch_tile` does, by many tiles; their shape is the largest that does not spill."""
+    shape = (128, 64, 32) if a.dtype == torch.float32 else (128, 128, 64)
+    r, c, d = shape if a.is_cuda else (32, 32, 32)
+    grid, given = (triton.cdiv(len(a), r), triton.cdiv(len(b), c)), rows is not None
+    if not given:
+        rows, cols = scale.new_empty(grid[1], 3, len(a)), scale.new_empty(grid[0], 3, len(b))
+    weights = a.new_empty(len(a), len(b)) if given else rows
+    _tile_kernel[grid](
+        a, b, a_labels, b_labels, scale, rows.contiguous(), cols.contiguous(), weights, len(a),
+        len(b), offset, SYMMETRIC=symmetric, WEIGHTS=given, UPCAST=not a.is_cuda,
+        DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
+    return weights if given else [
+        torch.stack([x[:, 0].logsumexp(0), *x[:, 1:].sum(0)]) for x in (rows, cols)]
 
 
-def _launch(kernel, a, b, a_labels, b_labels, scale, *arguments, **constants):
-    interpreted = not a.is_cuda
-    rows, cols, depth = (32, 32, 32) if interpreted else _BLOCKS[a.dtype]
-    grid = triton.cdiv(len(a), rows), triton.cdiv(len(b), cols)
-    kernel[grid](a, b, a_labels, b_labels, scale, *arguments, DIM=a.shape[1], BLOCK_R=rows, BLOCK_C=cols, BLOCK_D=depth,
-        PRECISION="tf32x3", UPCAST=interpreted and a.dtype in HALF, num_warps=8, num_stages=3, **constants)
-
-
-# ---- 4. All pairs: a loop over blocks of rows ----
-def _blocks(n, kind):
-    """(start, stop, first column) of each block of rows; a symmetric matrix needs j >= i only."""
-    step = 512
-    for start in range(0, n, step):
-        yield start, min(start + step, n), start if kind == "symmetric" else 0
+# ---- 4. All pairs, as operators that autograd and torch.compile know ----
+def _blocks(a, b, a_labels, b_labels, scale, offset, symmetric):
+    """Cut all pairs into blocks of rows: yields the slices and the arguments of a tile."""
+    step = max(256, min(512, len(a) // 8))  # CPU: stays in cache, loses little of the symmetry
+    if a.is_cuda:  # fills the device; weights are at most 2^28 numbers
+        step = max(128, min(max(2048, len(a) // 8), 2**28 // len(b)) // 128 * 128)
+    for start in range(0, len(a), step):
+        r = slice(start, min(start + step, len(a)))
+        c = slice(start if symmetric else 0, len(b))
+        yield r, c, (a[r], b[c], a_labels[r], b_labels[c], scale,
+                     offset + r.start - c.start, symmetric)
 
 
 def _merge(x, y):
+    """Statistics (lse, positive sum, count) of two sets of pairs together."""
     return torch.cat([torch.logaddexp(x[:1], y[:1]), x[1:] + y[1:]])
 
 
-@torch.library.custom_op("supcon::pair_statistics", mutates_args=())
-def pair_statistics(
-    a: torch.Tensor, b: torch.Tensor, a_labels: torch.Tensor, b_labels: torch.Tensor,
-    scale: torch.Tensor, offset: int, kind: str, use_triton: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.autocast(a.device.type, enabled=False):
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        a, b = a.to(dtype), b.to(dtype)
-        rows, cols = (torch.zeros(3, len(x), dtype=dtype, device=a.device) for x in (a, b))
-        rows[0] = cols[0] = -math.inf
-        for start, stop, first in _blocks(len(a), kind):
-            row, col = _torch_statistics(
-                a[start:stop], b[first:], a_labels[start:stop], b_labels[first:],
-                scale, offset + start - first, kind)
-            rows[:, start:stop] = row
-            if kind != "rows":
-                cols[:, first:] = _merge(cols[:, first:], col)
-        if kind == "symmetric":
-            rows = _merge(rows, cols)
-        return rows, cols if kind == "both" else cols.new_empty(3, 0)
+def _add_product(total, weights, features):
+    if weights.is_cuda and weights.dtype != total.dtype:
+        total += torch.mm(weights, features, out_dtype=total.dtype)
+    else:
+        total.addmm_(weights.to(total.dtype), features.to(total.dtype))
 
 
-@pair_statistics.register_fake
-def _(a, b, a_labels, b_labels, scale, offset, kind, use_triton):
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    width = len(b) if kind == "both" else 0
-    return a.new_empty(3, len(a), dtype=dtype), a.new_empty(3, width, dtype=dtype)
+_NAME = __name__.replace(".", "_")  # two copies of this file may live in one process
 
 
-@torch.library.custom_op("supcon::pair_gradients", mutates_args=())
-def pair_gradients(
-    a: torch.Tensor, b: torch.Tensor, a_labels: torch.Tensor, b_labels: torch.Tensor,
-    scale: torch.Tensor, rows: torch.Tensor, cols: torch.Tensor, offset: int, kind: str,
-    use_triton: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    with torch.autocast(a.device.type, enabled=False):
-        symmetric, dtype = kind == "symmetric", a.dtype
-        a, b = a.to(rows.dtype), b.to(rows.dtype)
-        grad_a = torch.zeros_like(a)
-        grad_b = torch.zeros_like(a[:0] if symmetric else b)
-        for start, stop, first in _blocks(len(a), kind):
-            weights = _torch_weights(
-                a[start:stop], b[first:], a_labels[start:stop], b_labels[first:], scale,
-                offset + start - first, kind, rows[:, start:stop],
-                rows[:, first:] if symmetric else cols[:, first:])
-            grad_a[start:stop].addmm_(weights, b[first:])
+@torch.library.custom_op(f"{_NAME}::pair_statistics", mutates_args=())
+def pair_statistics(a: Tensor, b: Tensor, a_labels: Tensor, b_labels: Tensor, scale: Tensor,
+                    offset: int, symmetric: bool, use_triton: bool) -> tuple[Tensor, Tensor]:
+    """(lse, positive sum, count) of scale * a @ b.T by rows (3, N) and by columns (3, M).
+
+    The pair (i, i + offset) is left out. `symmetric` promises that the matrix is: the rows say
+    all, and `a` receives the gradient of both roles, `b` none.
+    """
+    with torch.cuda.device_of(a), torch.autocast(a.device.type, enabled=False):
+        tile = _triton_tile if use_triton else _torch_tile
+        rows, cols = scale.new_zeros(3, len(a)), scale.new_zeros(3, len(b))
+        cols[0] = -math.inf
+        for r, c, block in _blocks(a, b, a_labels, b_labels, scale, offset, symmetric):
+            rows[:, r], found = tile(*block)
+            cols[:, c] = _merge(cols[:, c], found)
+        return _merge(rows, cols) if symmetric else rows, cols
+
+
+@torch.library.custom_op(f"{_NAME}::pair_gradients", mutates_args=())
+def pair_gradients(a: Tensor, b: Tensor, a_labels: Tensor, b_labels: Tensor, scale: Tensor,
+                   offset: int, symmetric: bool, use_triton: bool, rows: Tensor, cols: Tensor,
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/da, dL/db, dL/dscale from (lse, dL/dlse, dL/dsum) of rows (3, N) and columns (3, M)."""
+    with torch.cuda.device_of(a), torch.autocast(a.device.type, enabled=False):
+        tile = _triton_tile if use_triton else _torch_tile
+        peak = torch.cat([rows[1:], cols[1:]], 1).abs().amax().clamp(min=1e-30)
+        rows, cols = (torch.cat([x[:1], x[1:] / peak]) for x in (rows, cols))  # for fp16 weights
+        grad_a, grad_b = scale.new_zeros(a.shape), scale.new_zeros(b.shape)
+        for r, c, block in _blocks(a, b, a_labels, b_labels, scale, offset, symmetric):
+            weights = tile(*block, rows[:, r], (rows if symmetric else cols)[:, c])
+            _add_product(grad_a[r], weights, b[c])
             if symmetric:
-                grad_a[stop:].addmm_(weights[:, stop - start :].T, b[start:stop])
+                _add_product(grad_a[r.stop :], weights[:, len(weights) :].T, b[r])
             else:
-                grad_b.addmm_(weights.T, a[start:stop])
-        grad_scale = (grad_a * a).sum() * (0.5 if symmetric else 1.0)
-        return (grad_a * scale).to(dtype), (grad_b * scale).to(dtype), grad_scale
-
-
-@pair_gradients.register_fake
-def _(a, b, a_labels, b_labels, scale, rows, cols, offset, kind, use_triton):
-    empty = a[:0] if kind == "symmetric" else b
-    return torch.empty_like(a), torch.empty_like(empty), scale.new_empty(())
+                _add_product(grad_b, weights.T, a[r])
+        grad_scale = (grad_a * a).sum() * (peak / 2 if symmetric else peak)
+        return *((x * (peak * scale)).to(a.dtype) for x in (grad_a, grad_b)), grad_scale
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.offset, ctx.kind, ctx.use_triton = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.flags = inputs[5:]
+    ctx.save_for_backward(*inputs[:5], *output)
 
 
 def _backward(ctx, grad_rows, grad_cols):
-    *tensors, rows, cols = ctx.saved_tensors
+    *inputs, rows, cols = ctx.saved_tensors
     rows, cols = torch.cat([rows[:1], grad_rows[:2]]), torch.cat([cols[:1], grad_cols[:2]])
-    grad_a, grad_b, grad_scale = pair_gradients(
-        *tensors, rows, cols, ctx.offset, ctx.kind, ctx.use_triton)
-    grad_b = None if ctx.kind == "symmetric" else grad_b
-    return grad_a, grad_b, None, None, grad_scale, None, None, None
+    grad_a, grad_b, grad_scale = pair_gradients(*inputs, *ctx.flags, rows, cols)
+    return grad_a, None if ctx.flags[1] else grad_b, None, None, grad_scale, None, None, None
 
 
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("supcon_loss: a second derivative (backward of backward) is not there")
+
+
+pair_statistics.register_fake(
+    lambda a, b, c, d, scale, *_: (scale.new_empty(3, len(a)), scale.new_empty(3, len(b))))
+pair_gradients.register_fake(
+    lambda a, b, c, d, scale, *_: (a.new_empty(a.shape), b.new_empty(b.shape), scale.clone()))
 pair_statistics.register_autograd(_backward, setup_context=_save)
+pair_gradients.register_autograd(_no_second_derivative)
 
 
-# ---- 5. Public ----
-def _anchor_losses(a, b, a_labels, b_labels, scale, offset, kind, impl):
-    rows, cols = pair_statistics(a, b, a_labels, b_labels, scale, offset, kind, False)
-    lse, positive_sum, count = torch.cat([rows, cols], 1)
-    losses = torch.where(count > 0, lse - positive_sum / count.clamp(min=1), 0)
-    return losses, count > 0
+# ---- 5. The losses ----
+class _Gather(torch.autograd.Function):
+    """The rows of all processes in the order of rank; gradients return to their owners."""
+
+    @staticmethod
+    def forward(ctx, local, group):
+        ctx.group, ctx.shape = group, local.shape
+        rows = local.new_empty(dist.get_world_size(group) * len(local), *local.shape[1:])
+        dist.all_gather_into_tensor(rows, local.contiguous(), group=group)
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad):
+        local = grad.new_empty(ctx.shape)
+        dist.reduce_scatter_tensor(local, grad.contiguous(), group=ctx.group)
+        return local, None
+
+
+def _require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def _uses_triton(impl, features):
+    interpreted = triton is not None and type(_tile_kernel).__name__ == "InterpretedFunction"
+    able = interpreted or triton is not None and features.is_cuda
+    able = able and features.dtype != torch.float64
+    _require(impl in ("auto", "torch") or impl == "triton" and able, f"impl must be 'auto', "
+             f"'torch', or with Triton, on a GPU and not in float64, 'triton'; it is {impl!r} "
+             f"for {features.dtype} on {features.device}")
+    return able and (impl == "triton" or impl == "auto" and features.is_cuda)
+
+
+def _anchor_losses(a, b, a_labels, b_labels, temperature, offset, impl, symmetric=False):
+    """For rows (N,) and columns (M,) of a @ b.T as anchors: their losses, which have positives."""
+    for x, labels in ((a, a_labels), (b, b_labels)):
+        _require(x.ndim == 2 and x.numel() and x.is_floating_point() and x.dtype == a.dtype
+                 and x.shape[1] == a.shape[1] and x.device == a.device,
+                 "features and contrast must be floating (N, D) and (M, D) of one dtype and "
+                 f"device, not {tuple(a.shape)} {a.dtype} {a.device} and "
+                 f"{tuple(b.shape)} {b.dtype} {b.device}")
+        _require(labels.shape == x.shape[:1] and not labels.is_floating_point(),
+                 f"labels must be integer ({len(x)},), not {labels.dtype} {tuple(labels.shape)}")
+    tensor = isinstance(temperature, Tensor)
+    if not (tensor and (temperature.is_cuda or torch.compiler.is_compiling())):  # do not wait
+        _require(temperature > 0, f"temperature must be positive, not {temperature}")
+    scale = torch.as_tensor(1 / temperature, dtype=torch.promote_types(a.dtype, torch.float32),
+                            device=a.device).reshape(())
+    statistics = pair_statistics(
+        a.contiguous(), b.contiguous(), a_labels.long().contiguous(), b_labels.long().contiguous(),
+        scale, offset, symmetric, _uses_triton(impl, a))
+    return [(torch.where(count > 0, lse - total / count.clamp(min=1), 0), count > 0)
+            for lse, total, count in statistics]
 
 
 def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contrast_labels=None,
                 both=False, reduction="mean", impl="auto", group=None):
-    scale = torch.as_tensor(1 / temperature, dtype=torch.promote_types(features.dtype, torch.float32), device=features.device)
-    if contrast is None:
-        losses, counted = _anchor_losses(
-            features, features.detach(), labels, labels, scale, 0, "symmetric", impl)
+    """Supervised contrastive loss in time N^2 D and memory block x N; returns float32.
+
+    features (N, D): float32, float16 or bfloat16, any strides, normalised by the caller.
+    labels (N,): integers; the positives of a row are the others of equal label. None is
+        allowed with `contrast`, N = M: row i of one and row i of the other are the pair (CLIP).
+    temperature: positive number, or tensor of one element, which then receives its gradient.
+    contrast (M, D), contrast_labels (M,): compare with these rows instead; none is left out.
+    both: the rows of `contrast` are anchors too (CLIP's two directions), in the same pass.
+    reduction: "mean" over the anchors that have a positive, 0 if there are none; "sum"; or
+        "none": (N,), with `both` (N + M,). An anchor without positives gives 0, no gradient.
+    impl: "triton", "torch", or "auto": Triton on a GPU, tiles of torch elsewhere.
+    group: torch.distributed process group with N rows each: local rows meet the rows of all.
+        The mean over its processes, which DDP takes, is exactly the loss of one process.
+    Raises ValueError for what does not fit, RuntimeError for a derivative of the gradient.
+    """
+    alone = contrast is None
+    _require(alone <= (labels is not None) and alone <= (contrast_labels is None) and
+             alone <= (not both), "without contrast: labels, no contrast_labels, both=False")
+    _require(reduction in ("mean", "sum", "none"), f"reduction is {reduction!r}")
+    rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+    if alone:
+        contrast, contrast_labels = features, labels
+    elif labels is None:
+        labels = torch.arange(len(features), device=features.device) + rank * len(features)
+        contrast_labels = labels
+    offset = rank * len(features) if alone else world * len(contrast)  # the latter is no column
+    if group is None:
+        others = contrast.detach() if alone else contrast
+        anchors = _anchor_losses(features, others, labels, contrast_labels, temperature, offset,
+                                 impl, symmetric=alone)
     else:
-        if labels is None:
-            labels = contrast_labels = torch.arange(len(features), device=features.device)
-        losses, counted = _anchor_losses(
-            features, contrast, labels, contrast_labels, scale, len(contrast), "both" if both else "rows", impl)
+        sides = (features, labels), (contrast, contrast_labels)
+        anchors = [_anchor_losses(x, _Gather.apply(y, group), x_labels,
+                                  _Gather.apply(y_labels, group), temperature, offset, impl)[0]
+                   for (x, x_labels), (y, y_labels) in (sides, sides[::-1])[: 1 + both]]
+    losses, counted = (torch.cat(x) for x in zip(*anchors[: 1 + both], strict=True))
     if reduction == "none":
         return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / counted.sum().clamp(min=1)
+    count = counted.sum()
+    if group is not None:
+        dist.all_reduce(count, group=group)
+    return losses.sum() * world / (count.clamp(min=1) if reduction == "mean" else 1)
 
 
 def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
-    """SupCon over the rows of Q = a @ b.T."""
-    if len(b) <= b.shape[1]:
-        q = a @ b.T
-        if unit_rows:
-            q = torch.nn.functional.normalize(q, dim=1)
-        return supcon_loss(q, labels, temperature, impl=impl)
-    metric = b.T @ b
-    y = a @ ((metric + metric.detach()) / 2)
-    if unit_rows:
-        square = ((2 * y - y.detach()) * a.detach()).sum(1, keepdim=True)
-        inverse = square.clamp(min=1e-24).rsqrt()
-        a, y = a * inverse, y * inverse
-    scale = torch.as_tensor(1 / temperature, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
-    losses, counted = _anchor_losses(y, a.detach(), labels, labels, scale, 0, "symmetric", impl)
-    return losses.sum() / counted.sum().clamp(min=1)
+    """Mean SupCon loss of the rows of Q = a @ b.T (N, M), in time N^2 min(D, M).
+
+    a (N, D), b (M, D), labels (N,) of the rows of Q; swap a and b for the columns of Q. Exact
+    gradients to both. unit_rows: each row of Q is divided by its norm first. In float32 at
+    least, under autocast too. Q Q^T = a (b^T b) a^T, so features a with the metric b^T b do.
+    """
+    _require(a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] and a.dtype == b.dtype,
+             f"a (N, D) and b (M, D) do not fit: {tuple(a.shape)} {a.dtype}, "
+             f"{tuple(b.shape)} {b.dtype}")
+    with torch.autocast(a.device.type, enabled=False):
+        a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
+        if len(b) <= b.shape[1]:  # Q itself is no wider than a
+            q = a @ b.T
+            return supcon_loss(normalize(q, dim=1) if unit_rows else q, labels, temperature,
+                               impl=impl)
+        # The logits are y x^T with y = x metric. The operator hands the gradient of both
+        # roles, y and x, to y: right for x, twice too much for the metric, which is halved.
+        metric = b.T @ b
+        y = a @ ((metric + metric.detach()) / 2)
+        if unit_rows:  # |q_i|^2 = y_i . a_i, written so that both a and the metric get all
+            norm = ((2 * y - y.detach()) * a.detach()).sum(1, keepdim=True).clamp(min=1e-24).sqrt()
+            a, y = a / norm, y / norm
+        losses, counted = _anchor_losses(y, a.detach(), labels, labels, temperature, 0, impl,
+                                         symmetric=True)[0]
+        return losses.sum() / counted.sum().clamp(min=1)

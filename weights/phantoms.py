@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFilter
 SIZE = 96  # pixels
 Y, X = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 STYLE = {  # colours, and (low, high) of what differs between two images of one clinic
-    "skin": ((195, 155, 140), (230, 195, 178)), "melanin": (.57, .85, 1), "base": (.25, .5),
-    "blood": (162, 38, 58), "veil": (128, 150, 180), "scar": (232, 222, 215),
-    "grey": (96, 108, 118), "gain": ((.88, .91, .93), (1.02, 1.06, 1.08)), "vignette": (0, .3),
+    "skin": ((188, 151, 136), (229, 195, 177)), "melanin": (.58, .85, 1), "base": (.25, .5),
+    "blood": (160, 37, 58), "veil": (130, 151, 179), "scar": (232, 224, 216),
+    "grey": (95, 107, 117), "gain": ((.88, .91, .93), (1.01, 1.07, 1.08)), "vignette": (0, .3),
     "blur": (.2, .6), "noise": (2, 6), "hairs": (0, 5), "bubbles": (0, 3), "radius": (28, 40),
     "ragged": (.03, .12), "mesh": (6.5, 9), "ink": (.8, 1.2), "width": 1., "shift": 6}
 VESSELS = {  # how many, length (pixels), bend and wobble (radians), width (pixels)
