@@ -317,9 +317,9 @@ def embed(backbone, images, texts, cache_file, batch=32):
         cache = {}  # damaged: computed again
     image_keys = [digest_file(path) for path in images]
     text_keys = [hashlib.sha256(b"text:" + text.encode()).hexdigest() for text in texts]
-    if any(key not in cache for key in text_keys):
-        features = F.normalize(backbone.encode_text(texts).cpu(), dim=-1)
-        cache.update(zip(text_keys, features, strict=True))
+    for key, text in zip(text_keys, texts, strict=True):
+        if key not in cache:  # alone, so that no bit depends on the other texts
+            cache[key] = F.normalize(backbone.encode_text([text])[0].cpu(), dim=-1)
     unique = iter(dict(zip(image_keys, images, strict=True)).items())
     chunks = list(iter(lambda: dict(islice(unique, batch)), {}))
     todo = [chunk for chunk in chunks if not cache.keys() >= chunk.keys()]
@@ -329,7 +329,7 @@ def embed(backbone, images, texts, cache_file, batch=32):
             batches = decode_ahead(pool, backbone.preprocess, todo)
             for keys, pixels in progress(batches, len(todo), f"embedding, batches of {batch}:"):
                 features = F.normalize(backbone.encode_image(pixels).cpu(), dim=-1)
-                cache.update(zip(keys, features, strict=True))
+                cache = dict(zip(keys, features, strict=True)) | cache
                 if time.monotonic() - saved > 20:
                     replace_file(cache_file, partial(save_file, cache))
                     saved = time.monotonic()
@@ -487,6 +487,8 @@ def fit_zeroshot(data, rows, config, generator, log):
 
 def fit_scale(data, rows, config, generator, log):
     """Train the two adapters (Fig. 1); predict gives margins (n, H) of unit features (n, D)."""
+    if not all(task["exclusive"] for task in data.taxonomy.tasks):
+        raise InputError("--method scale trains exclusive tasks only; linear-weighted takes any.")
     dim = data.images.shape[1]
     adapters = nn.ModuleDict({
         branch: Adapter(dim, max(1, dim // config.width), config.alpha, generator)

@@ -121,21 +121,21 @@ if triton is not None:
         else:
             hidden = hidden | ~(row_in[:, None] & col_in[None, :])
             logits = tl.where(hidden, float("-inf"), logits)
-            for axis in tl.static_range(2):  # labels loaded twice: kept, `positive` spills
-                a_label = tl.load(a_label_ptr + rows, row_in, 0)[:, None]
-                b_label = tl.load(b_label_ptr + cols, col_in, 0)[None, :]
-                positive = tl.where(a_label == b_label, logits, float("-inf"))
-                found = positive > float("-inf")
-                top = tl.maximum(tl.max(logits, axis), -1e30)
-                total = tl.sum(tl.exp2(logits - tl.expand_dims(top, axis)), axis)
+            for axis in tl.static_range(1, -1, -1):  # labels loaded twice: kept, `positive` spills
                 if axis == 0:
                     out, n, index = col_ptr + r.to(tl.int64) * 3 * n_cols, n_cols, cols
                 else:
                     out, n, index = row_ptr + c.to(tl.int64) * 3 * n_rows, n_rows, rows
-                tl.store(out + index, (top + tl.log2(total)) * 0.6931471805599453, index < n)
+                a_label = tl.load(a_label_ptr + rows, row_in, 0)[:, None]
+                b_label = tl.load(b_label_ptr + cols, col_in, 0)[None, :]
+                positive = tl.where(a_label == b_label, logits, float("-inf"))
+                found = positive > float("-inf")
                 total = tl.sum(tl.where(found, positive, 0.0), axis) * 0.6931471805599453
                 tl.store(out + n + index, total, index < n)
                 tl.store(out + 2 * n + index, tl.sum(found.to(tl.float32), axis), index < n)
+                top = tl.maximum(tl.max(logits, axis), -1e30)
+                total = tl.sum(tl.exp2(logits - tl.expand_dims(top, axis)), axis)
+                tl.store(out + index, (top + tl.log2(total)) * 0.6931471805599453, index < n)
 
 
 def _triton_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, cols=None):
@@ -372,3 +372,107 @@ def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl=
         losses, counted = _anchor_losses(y, a.detach(), labels, labels, temperature, 0, impl,
                                          symmetric=True)[0]
         return losses.sum() / counted.sum().clamp(min=1)
+
+
+# ---- 6. Benchmark: every figure from a process of its own, in turns ----
+def _candidates():
+    """name -> loss of (x, y, labels): SupCon of x, or SCALE's two terms of Q = x @ y.T."""
+    compiled = torch.compile(supcon_reference, dynamic=True)
+
+    def floor(x, y, labels):  # two products of 2 N^2 D operations
+        return x.sum() * 0 + sum((rows @ x.T @ x)[0, 0] for rows in x.detach().split(512))
+
+    def metric_learning(x, y, labels):
+        from pytorch_metric_learning.losses import SupConLoss
+        return SupConLoss(temperature=0.07)(x, labels)
+
+    def formula(x, y, labels):
+        q = x @ y.T
+        return sum(supcon_reference(normalize(m, dim=1), labels) for m in (q, q.T))
+
+    def products(x, y, labels):
+        return product_supcon_loss(x, y, labels) + product_supcon_loss(y, x, labels)
+
+    return {"floor: two products": floor,
+            "plain torch": lambda x, y, labels: supcon_reference(x, labels),
+            "torch.compile": lambda x, y, labels: compiled(x, labels),
+            "metric-learning": metric_learning,
+            "supcon_loss": lambda x, y, labels: supcon_loss(x, labels),
+            "Q, Q Q^T, Q^T Q": formula, "product_supcon_loss": products}
+
+
+def _memory(reset=False):
+    """Peak MiB of the GPU, or of this process, since the last reset."""
+    if torch.cuda.is_available():
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated() / 2**20
+    if reset:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    with open("/proc/self/status") as file:
+        return int(file.read().split("VmHWM:")[1].split()[0]) / 2**10
+
+
+def _measure(name, n, dim):
+    """Milliseconds of forward and backward (CPU time, on a GPU elapsed) and peak MiB added."""
+    import time
+
+    cuda, loss, times = torch.cuda.is_available(), _candidates()[name], []
+    for size in (64, n, n, n):  # the first loads and compiles
+        x, y = (normalize(torch.randn(size, dim, device="cuda" if cuda else "cpu")) for _ in "xy")
+        inputs = x.requires_grad_(), y.requires_grad_(), torch.arange(size, device=x.device) % 12
+        before, start = _memory(reset=True), (time.perf_counter if cuda else time.process_time)()
+        torch.autograd.grad(loss(*inputs), inputs[:2], allow_unused=True)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter if cuda else time.process_time)() - start)
+    return sorted(times[1:])[1] * 1000, _memory() - before
+
+
+def _gradient_error(loss, dtype):
+    """Relative error on the GPU against the reference in float64 on the same features."""
+    x = normalize(torch.randn(1000, 200, device="cuda")).to(dtype).requires_grad_()
+    exact, labels = x.detach().double().requires_grad_(), torch.arange(1000, device="cuda") % 12
+    exact, = torch.autograd.grad(supcon_reference(exact, labels), exact)
+    return ((torch.autograd.grad(loss(x, labels), x)[0] - exact).norm() / exact.norm()).item()
+
+
+def main():
+    """Benchmark the losses: medians of interleaved processes."""
+    import argparse
+    import statistics
+    import subprocess
+    import sys
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", help="one candidate, in this process")
+    args = parser.parse_args()
+    if args.only:
+        return print(*_measure(args.only, args.sizes[0], args.dim))
+    for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else ():
+        ours, plain = (_gradient_error(f, dtype) for f in (supcon_loss, supcon_reference))
+        print(f"{dtype}: gradient error {ours:.1e}, plain torch {plain:.1e}")
+        assert ours <= 2 * plain + 1e-6, "the Triton kernels are wrong on this GPU"
+    print(f"{'N':>6} {'':24} {'ms':>9} {'x plain':>8} {'x floor':>8} {'MiB':>7}")
+    for n in args.sizes:
+        figures = {name: [] for name in _candidates()}
+        for _ in range(args.rounds):
+            for name, found in figures.items():
+                child = subprocess.run([sys.executable, __file__, "--only", name, "--sizes", str(n),
+                                        "--dim", str(args.dim)], capture_output=True, text=True)
+                if child.returncode == 0:  # else: not installed, or out of memory
+                    found.append([float(x) for x in child.stdout.split()])
+        table = {name: [statistics.median(column) for column in zip(*found, strict=True)]
+                 for name, found in figures.items() if found}
+        for name, (ms, mib) in table.items():
+            plain = "Q, Q Q^T, Q^T Q" if name[0] in "Qp" and name != "plain torch" else "plain torch"
+            print(f"{n:6} {name:24} {ms:9.1f} {table[plain][0] / ms:8.2f} "
+                  f"{ms / table['floor: two products'][0]:8.2f} {mib:7.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

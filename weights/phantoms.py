@@ -3,7 +3,6 @@
 Entirely synthetic: no patient, no photograph, no medical meaning. They exist so that the whole
 method runs, and can be tested, without data that may not be redistributed.
 """
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,10 @@ STYLE = {  # colours, and (low, high) of what differs between two images of one 
     "grey": (95, 107, 117), "gain": ((.88, .91, .93), (1.01, 1.07, 1.08)), "vignette": (0, .3),
     "blur": (.2, .6), "noise": (2, 6), "hairs": (0, 5), "bubbles": (0, 3), "radius": (28, 40),
     "ragged": (.03, .12), "mesh": (6.5, 9), "ink": (.8, 1.2), "width": 1., "shift": 6}
+META = (
+    "case_num,diagnosis,seven_point_score,pigment_network,streaks,pigmentation,"
+    "regression_structures,dots_and_globules,blue_whitish_veil,vascular_structures,"
+    "level_of_diagnostic_difficulty,elevation,location,sex,management,clinic,derm,case_id,notes")
 VESSELS = {  # how many, length (pixels), bend and wobble (radians), width (pixels)
     "absent": (0, 0, 0, 0, 0), "arborizing": (1, 34, 0, .15, 2.6), "comma": (9, 9, 2.4, 0, 2.2),
     "hairpin": (10, 13, 3.3, 0, 1), "within regression": (14, 14, 0, .7, .8),
@@ -37,7 +40,7 @@ def noise(rng, cells):
 
 def curve(rng, start, angle, length, bend=0., wobble=0.):
     """Eleven points of a walk from `start` that turns by `bend` half-way and wobbles all along."""
-    turns = angle + bend * soft(np.linspace(-.5, .5, 10), 9)
+    turns = bend * soft(np.linspace(-.5, .5, 10), 9) + angle
     turns = turns + wobble * rng.standard_normal(10).cumsum()
     moves = .1 * length * np.stack([np.cos(turns), np.sin(turns)], 1)
     return np.vstack([start, start + moves.cumsum(0)])
@@ -109,13 +112,12 @@ def marks(lesion, streaks, dots):
         tip = place(angle, 1.22 if even else rng.uniform(1.1, 1.45))
         strokes.append((np.stack([place(angle, .85), tip]), 1.1 if even else rng.uniform(.8, 2.2)))
         strokes.append((tip, 1.5 if even else .4))
-    first, even = rng.uniform(0, 2 * np.pi), dots == "regular"
-    for k in range({"absent": 0, "regular": 26, "irregular": 20}[dots]):
-        if even:  # a sunflower's spiral
-            strokes.append((place(first + 2.4 * k, .8 * np.sqrt((k + .5) / 26)), 1.45))
-        else:
-            spot = place(first + rng.normal(0, .55), rng.uniform(.15, .95))
-            strokes.append((spot, rng.uniform(.8, 3.2)))
+    first = rng.uniform(0, 2 * np.pi)
+    if dots == "regular":  # a sunflower's spiral
+        strokes += [(place(first + 2.4 * k, .8 * np.sqrt((k + .5) / 26)), 1.45) for k in range(26)]
+    elif dots == "irregular":
+        strokes += [(place(first + rng.normal(0, .55), rng.uniform(.15, .95)),
+                     rng.uniform(.8, 3.2)) for _ in range(20)]
     return [(points, width * lesion.style["width"]) for points, width in strokes]
 
 
@@ -217,36 +219,27 @@ def draw_labels(criteria, rng):
     return [rows[i] for i in rng.permutation(len(rows))]
 
 
-def write_table(path, rows):
-    """Write rows (dicts of one set of keys) as a CSV file with a header."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="ascii") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_demo_release(folder, criteria, seed=0):
     """Write 1,011 synthetic lesions as Derm7p's release_v0 into `folder`; same seed, same bytes.
 
     criteria: {criterion: {expression: (score, rows in train, valid, test)}}, kept in every split
     (413, 203, 395); 252 rows are called melanoma. No patient, no medical meaning. About 9 s.
     """
-    folder, rng, table = Path(folder), np.random.default_rng(seed), []
-    rows = draw_labels(criteria, rng)
+    folder, table = Path(folder), [META]
+    rows = draw_labels(criteria, np.random.default_rng(seed))
     for i, (_, melanoma, labels) in enumerate(rows):
         path = f"P{i // 30:02d}/P{i:04d}.jpg"
         (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
         picture = draw_phantom(labels, np.random.default_rng([seed, i]))
         picture.save(folder / "images" / path, quality=92)
-        score = sum(criteria[c][e][0] for c, e in labels.items())
-        table.append({
+        known = labels | {
             "case_num": i + 1, "diagnosis": "melanoma (in situ)" if melanoma else "clark nevus",
-            "seven_point_score": score, **labels, "level_of_diagnostic_difficulty": "medium",
-            "elevation": "flat", "location": "back", "sex": rng.choice(["female", "male"]),
-            "management": "excision", "clinic": path, "derm": path, "case_id": "",
-            "notes": "synthetic; clinic is derm"})
-    write_table(folder / "meta" / "meta.csv", table)
-    for split, name in enumerate(("train", "valid", "test")):
-        indexes = [{"indexes": i} for i, row in enumerate(rows) if row[0] == split]
-        write_table(folder / "meta" / f"{name}_indexes.csv", indexes)
+            "seven_point_score": sum(criteria[c][e][0] for c, e in labels.items()),
+            "clinic": path, "derm": path, "case_id": "", "notes": "synthetic; clinic is derm"}
+        table.append(",".join(str(known.get(column, "synthetic")) for column in META.split(",")))
+    tables = {"meta": table} | {
+        f"{name}_indexes": ["indexes", *(str(i) for i, row in enumerate(rows) if row[0] == split)]
+        for split, name in enumerate(("train", "valid", "test"))}
+    (folder / "meta").mkdir(exist_ok=True)
+    for name, lines in tables.items():
+        (folder / "meta" / f"{name}.csv").write_bytes("\n".join([*lines, ""]).encode())
