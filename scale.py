@@ -51,7 +51,7 @@ from weights import InputError
 from weights.clip import load_clip
 
 HERE = Path(__file__).resolve().parent
-SCORES = ("accuracy", "recall", "f1", "auc")
+SCORES = ("accuracy", "recall", "f1", "auc", "auc_pair")
 
 
 # ---- 1. Settings: every flag, its default, its meaning, the paper's section ----------------------
@@ -137,9 +137,14 @@ def make_taxonomy(spec):
     """Taxonomy from the content of taxonomy.json; ValueError where names do not fit together."""
     tasks = spec["tasks"]
     combinations = [(t, c) for t, task in enumerate(tasks) for c in task["combinations"]]
-    names = {c["name"] for _, c in combinations if isinstance(c["prompt"], str)}
-    if len(names) < len(combinations) or not all(task["exclusive"] in (0, 1) for task in tasks):
-        raise ValueError("a name or prompt is missing or not unique over all tasks")
+    words = [spec.get("backbone", ""), spec.get("negative_prompt", ""),
+             *(task["name"] for task in tasks), *(c["prompt"] for _, c in combinations)]
+    if len({c["name"] for _, c in combinations}) < len(combinations):
+        raise ValueError("combination names must be unique over all tasks")
+    if not all(isinstance(word, str) for word in words):
+        raise TypeError("names, prompts and backbone must be texts")
+    if not all(isinstance(task["exclusive"], bool) for task in tasks):
+        raise TypeError("exclusive must be true or false")
     return Taxonomy(spec, *(make_level(tasks, combinations, *keys) for keys in (
         ("combinations", "name"), ("concepts", "concept"), ("classes", "class"))))
 
@@ -558,13 +563,14 @@ def area_under_curve(score, truth):
     return (below.double().mean() / (2 * len(negative))).item()
 
 
-def score_task(margins, truth, exclusive, binary=False):
+def score_task(margins, truth, exclusive, only=None):
     """Accuracy, macro recall, macro F1, AUC of one task at one level, each in [0, 1] or nan.
 
     margins, truth (N, K). Exclusive: arg-max decides; else margin > 0, that is a two-prompt
-    probability above 0.5. Choice: macro means run over the columns that the test set shows;
-    a column without support still costs precision elsewhere when it is predicted.
-    binary: two exclusive classes, the AUC is the second one's.
+    probability above 0.5. Choice: macro means run over the columns that the test set shows; one
+    without support still costs precision elsewhere when it is predicted. AUC: mean over columns,
+    or that of column `only`, of the margin to "No finding."; auc_pair: of the margin to the best
+    other column, since nothing trains "No finding." where labels exclude one another (Choice).
     """
     decided = F.one_hot(margins.argmax(1), truth.shape[1]).bool() if exclusive else margins > 0
     hits, shown = (decided & truth).sum(0), truth.sum(0)
@@ -572,14 +578,17 @@ def score_task(margins, truth, exclusive, binary=False):
     f1 = 2 * hits / (decided.sum(0) + shown).clamp(min=1)
     # Choice: plain accuracy (per binary label where labels do not exclude one another).
     accuracy = (decided & truth).any(1) if exclusive else decided == truth
-    areas = [area_under_curve(margins[:, k], truth[:, k])
-             for k in range(truth.shape[1]) if 0 < shown[k] < len(truth) and (k == 1 or not binary)]
     result = {"accuracy": accuracy.double().mean().item(),
               "recall": (hits / shown)[present].double().mean().item(),
-              "f1": f1[present].double().mean().item(),
-              "auc": float(np.mean(areas)) if areas else math.nan}
-    if binary:  # Choice: "No finding." is never trained; the other class is a second reference.
-        result["auc_pair"] = area_under_curve(margins[:, 1] - margins[:, 0], truth[:, 1])
+              "f1": f1[present].double().mean().item()}
+    scores = {"auc": margins}
+    if exclusive:
+        top = margins.topk(min(2, len(shown)), 1).values
+        scores["auc_pair"] = margins - top[:, :1].where(margins < top[:, :1], top[:, -1:])
+    ranked = [k for k in range(len(shown)) if 0 < shown[k] < len(truth) and only in (None, k)]
+    for name, score in scores.items():
+        areas = [area_under_curve(score[:, k], truth[:, k]) for k in ranked]
+        result[name] = float(np.mean(areas)) if areas else math.nan
     return result
 
 
@@ -589,10 +598,11 @@ def evaluate(margins, truth, trained, taxonomy):
     for name, level in (("class", taxonomy.klass), ("class_concept", taxonomy.combination)):
         for t, task in enumerate(taxonomy.tasks):
             columns = level.own[t]
+            # Choice: of two exclusive classes, the AUC is that of the second, such as melanoma.
             binary = name == "class" and task["exclusive"] and int(columns.sum()) == 2
             per_task[task["name"]][name] = score_task(
                 at_level(margins, level)[:, columns], at_level(truth, level)[:, columns],
-                task["exclusive"], binary)
+                task["exclusive"], 1 if binary else None)
     means = {name: mean_of([scores[name] for scores in per_task.values()])
              for name in ("class", "class_concept")}
     support = {name: {"train": int(a), "test": int(b)} for name, a, b in
@@ -680,19 +690,17 @@ def write_run(folder, settings, log, state, metrics, samples, test, margins):
 
 
 def format_table(results):
-    """Mean and standard deviation over splits, one line a method, as a Markdown table."""
-    columns = [(level, score) for level in ("class", "class_concept") for score in SCORES]
-    table = [["method", *(f"{level.removeprefix('class_')} {score}" for level, score in columns)]]
-    for method, runs in results.items():
-        table.append([method])
-        for level, score in columns:
-            values = [m[level][score] for m in runs if m[level][score] is not None]
-            spread = f" ±{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-            table[-1].append(f"{np.mean(values):.2f}{spread}" if values else "-")
+    """Mean and standard deviation over splits, a line per level and method, in Markdown."""
+    table = [["level", "method", *SCORES], ["---", "---", *["--:"] * len(SCORES)]]
+    for level in ("class", "class_concept"):
+        for method, runs in results.items():
+            table.append([level, method])
+            for score in SCORES:
+                values = [m[level][score] for m in runs if m[level].get(score) is not None]
+                spread = f" ±{np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+                table[-1].append(f"{np.mean(values):.2f}{spread}" if values else "-")
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in
-                                       zip(row, widths, strict=True)) + " |" for row in table)
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table)
 
 
 # ---- 10. Command line ----------------------------------------------------------------------------

@@ -412,6 +412,10 @@ def test_metrics_equal_scikit_learn():
             sk.accuracy_score(target, decided) if exclusive else (truth == decided).mean())
         areas = [sk.roc_auc_score(truth[:, k], margins[:, k].numpy()) for k in shown]
         assert got["auc"] == pytest.approx(np.mean(areas))
+        if exclusive:
+            best = np.stack([np.delete(margins.numpy(), k, 1).max(1) for k in range(5)], 1)
+            rival = [sk.roc_auc_score(truth[:, k], (margins.numpy() - best)[:, k]) for k in shown]
+            assert got["auc_pair"] == pytest.approx(np.mean(rival))
     ties, outcome = torch.tensor(rng.integers(0, 3, 50)), torch.tensor(rng.random(50) < .4)
     assert scale.area_under_curve(ties, outcome) == pytest.approx(sk.roc_auc_score(outcome, ties))
 
