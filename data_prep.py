@@ -58,7 +58,7 @@ def combination_name(criterion, expression):
     return PHRASES.get(name, name)
 
 
-def derm7p_taxonomy(root, backbone):
+def derm7p_taxonomy(root, backbone, note):
     """Seven exclusive tasks, 28 combinations; in Derm7p an expression is a concept of one class."""
     tasks = []
     for criterion, expressions in DERM7P.items():
@@ -69,7 +69,7 @@ def derm7p_taxonomy(root, backbone):
         tasks.append({"name": criterion, "exclusive": True, "classes": ["nevus", "melanoma"],
                       "concepts": list(expressions), "combinations": combinations})
     return {"tasks": tasks, "negative_prompt": "No finding.", "backbone": backbone,
-            "root": str(root)}
+            "root": str(root), "note": note}
 
 
 def read_table(path, columns):
@@ -116,8 +116,8 @@ def derm7p_labels(row, where):
     return labels
 
 
-def prepare_derm7p(raw, folder, backbone="monet"):
-    """Read release_v0 as downloaded and write the prepared folder; return {split: rows}."""
+def prepare_derm7p(raw, folder, backbone="monet", note=""):
+    """Read release_v0 as downloaded, write the prepared folder, return the rows of samples.csv."""
     raw = next((r for r in (raw / "release_v0", raw) if (r / "meta").is_dir()), raw)
     columns = [*DERM7P, "seven_point_score", "derm", "case_num"]
     rows = read_table(raw / "meta" / "meta.csv", columns)
@@ -136,7 +136,7 @@ def prepare_derm7p(raw, folder, backbone="monet"):
         samples.append([image.relative_to(root).as_posix(), "", labels, split, row["case_num"]])
     inside = root.is_relative_to(folder.resolve())
     root = root.relative_to(folder.resolve()) if inside else root
-    write_prepared(folder, derm7p_taxonomy(root, backbone), samples)
+    write_prepared(folder, derm7p_taxonomy(root, backbone, note), samples)
     return samples
 
 
@@ -171,9 +171,10 @@ def prepare_demo(data):
     """Draw phantoms into <data>/demo/release_v0 and prepare them as Derm7p; return the folder."""
     from weights.phantoms import write_demo_release
 
-    folder = data / "demo"
+    folder, note = data / "demo", "synthetic phantoms: no patient, no medical meaning"
+    print(f"{folder}: drawing {note}", file=sys.stderr)
     write_demo_release(folder / "release_v0", DERM7P)
-    prepare_derm7p(folder, folder, backbone="demo")
+    prepare_derm7p(folder, folder, "demo", note)
     return folder
 
 
@@ -207,7 +208,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if args.command == "demo":
-            print(f"{prepare_demo(args.data)}: synthetic phantoms, no patient, no medical meaning")
+            print(f"{prepare_demo(args.data)}: 1,011 images prepared; next: "
+                  "python scale.py --dataset demo --frac 0.05")
         elif args.command == "weights":
             print(explain_weights(args.name))
         else:

@@ -46,7 +46,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernels.supcon import supcon_loss
+from kernels.supcon import product_supcon_loss, supcon_loss
 from weights import InputError
 from weights.clip import load_clip
 
@@ -174,6 +174,7 @@ class Samples:
 
     taxonomy: Taxonomy
     images: list           # N paths
+    texts: list            # N report sentences, or none where prompts come from the taxonomy
     truth: torch.Tensor    # (N, H) bool: image i shows combination h
     split: np.ndarray      # (N,) of "train", "valid", "test"
 
@@ -186,13 +187,13 @@ def read_samples(folder):
         root, column = folder / taxonomy.spec.get("root", ""), taxonomy.combination.names.index
         path = folder / "samples.csv"
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [(row["image"], row["labels"].split(";"), row["split"], row.get("patient"))
-                    for row in csv.DictReader(file)]
+            rows = [(row["image"], row["labels"].split(";"), row["split"], row.get("patient"),
+                     row.get("text")) for row in csv.DictReader(file)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
         raise InputError(f"{path} is not as README, Data, describes it ({type(error).__name__}: "
                          f"{error}): run data_prep.py again.") from None
     truth = torch.zeros(len(rows), len(taxonomy.combination.names), dtype=torch.bool)
-    for n, (_, labels, split, _) in enumerate(rows):
+    for n, (_, labels, split, *_) in enumerate(rows):
         for label in filter(None, labels):
             if label not in taxonomy.combination.names:
                 raise InputError(f"{path} row {n + 2}: label {label!r} is not in taxonomy.json.")
@@ -200,7 +201,10 @@ def read_samples(folder):
         if split not in ("train", "valid", "test"):
             raise InputError(f"{path} row {n + 2}: split {split!r} is not train, valid or test.")
     check_samples(path, rows, truth, taxonomy)
-    return Samples(taxonomy, [root / row[0] for row in rows], truth,
+    texts = [row[4] for row in rows if row[4]]
+    if len(texts) not in (0, len(rows)):
+        raise InputError(f"{path} has a text in {len(texts)} of {len(rows)} rows: in all or none.")
+    return Samples(taxonomy, [root / row[0] for row in rows], texts, truth,
                    np.array([row[2] for row in rows]))
 
 
@@ -443,18 +447,30 @@ def supcon_of_columns(z, truth, level, temperature, unit):
     return (level.own * losses).sum(1).div((level.own * anchors).sum(1).clamp(min=1)).mean()
 
 
-def scale_loss(z, truth, taxonomy, logit_scale, temperature, lambdas, unit=True):
+def supcon_of_products(a, b, truth, level, temperature, unit):
+    """Eq. 2 for the rows of Q = a @ b.T (N, N), each image with a text of its own; swapped: Q^T."""
+    labels = (truth & level.own[:, None]).int().argmax(-1)  # (T, N)
+    return torch.stack([product_supcon_loss(a, b, task, temperature, unit_rows=unit)
+                        for task in labels]).mean()
+
+
+def scale_loss(z, truth, taxonomy, logit_scale, temperature, lambdas, unit=True, pairs=None):
     """Eq. 3, the five-term objective: total and {term: value}.
 
-    z (N, H) cosines, truth (N, H) bool with one combination a task, lambdas: the four weights.
+    z (N, H) cosines, truth (N, H) bool with one combination a task, lambdas: the four weights,
+    pairs: (N, D) features of the images and of their own texts; None: templated prompts.
     """
     terms = {name: cross_entropy(at_level(z, level), at_level(truth, level), level, logit_scale)
              for name, level in (("combination", taxonomy.combination),
                                  ("concept", taxonomy.concept), ("class", taxonomy.klass))}
-    contrast = (z, truth, taxonomy.combination, temperature, unit)
-    # A term of weight 0 is not computed.
-    terms["rows"] = supcon_of_rows(*contrast) if lambdas[2] else z.new_zeros(())
-    terms["columns"] = supcon_of_columns(*contrast) if lambdas[3] else z.new_zeros(())
+    rest = (truth, taxonomy.combination, temperature, unit)
+    if pairs is None:
+        contrast = {"rows": partial(supcon_of_rows, z), "columns": partial(supcon_of_columns, z)}
+    else:
+        contrast = {"rows": partial(supcon_of_products, *pairs),
+                    "columns": partial(supcon_of_products, *pairs[::-1])}
+    for weight, (name, term) in zip(lambdas[2:], contrast.items(), strict=True):
+        terms[name] = term(*rest) if weight else z.new_zeros(())  # weight 0: not computed
     weights = (1, *lambdas)
     return sum(w * term for w, term in zip(weights, terms.values(), strict=True)), terms
 
@@ -467,6 +483,7 @@ class Embedded:
     images: torch.Tensor     # (N, D) unit length
     texts: torch.Tensor      # (H, D) unit length, one prompt a combination
     negative: torch.Tensor   # (D,)   unit length, "No finding."
+    reports: torch.Tensor    # (N, D) unit length, each image's own sentence; (0, D): templates
     truth: torch.Tensor      # (N, H) bool
     taxonomy: Taxonomy
     logit_scale: float       # exp of the checkpoint's logit_scale, frozen (# Choice)
@@ -507,9 +524,13 @@ def fit_scale(data, rows, config, generator, log):
         order = torch.as_tensor(rows)[torch.randperm(len(rows), generator=generator)]
         for batch in order.split(size):
             images, truth = adapters["image"](data.images[batch]), data.truth[batch]
-            z = images @ adapters["text"](data.texts).T  # (B, H): the bank of distinct prompts
-            loss, terms = scale_loss(z, truth, data.taxonomy, data.logit_scale,
-                                     config.temperature, lambdas, config.rows == "unit")
+            texts, pairs = adapters["text"](data.texts), None  # (H, D), the bank of prompts
+            if len(data.reports):  # k(h): the batch's first text of h; the bank's where it has none
+                pairs = images, adapters["text"](data.reports[batch])
+                first = pairs[1][truth.int().argmax(0)]
+                texts = first.where(truth.any(0)[:, None], texts)
+            loss, terms = scale_loss(images @ texts.T, truth, data.taxonomy, data.logit_scale,
+                                     config.temperature, lambdas, config.rows == "unit", pairs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -712,8 +733,9 @@ def find_folder(config):
     if config.dataset == "demo":
         from data_prep import prepare_demo
         return prepare_demo(Path(config.data))
-    raise InputError(f"{Path(config.data) / config.dataset} is no prepared folder: get the release "
-                     f"as README, Data, says, then run python data_prep.py {config.dataset} RAW.")
+    raise InputError(f"{Path(config.data) / config.dataset} is no prepared folder: unpack the "
+                     "release (Derm7p: release_v0.zip, on request from derm.cs.sfu.ca), then run "
+                     f"python data_prep.py {config.dataset} path/to/release.")
 
 
 def embed_dataset(config):
@@ -735,14 +757,15 @@ def embed_dataset(config):
     key = hashlib.sha256((checkpoint + json.dumps(backbone.describe())).encode()).hexdigest()
     prompts = [c["prompt"] for task in spec["tasks"] for c in task["combinations"]]
     negative = config.negative_prompt or spec.get("negative_prompt", "No finding.")
-    images, texts = embed(backbone, samples.images, [*prompts, negative],
+    images, texts = embed(backbone, samples.images, [*prompts, negative, *samples.texts],
                           Path(config.out) / "cache" / f"{key[:16]}.safetensors")
     content = b"".join(t.numpy().tobytes() for t in (images, texts, samples.truth))
     code = b"".join((HERE / name).read_bytes() for name in ("scale.py", "kernels/supcon.py"))
     origin = {"backbone": name, "checkpoint_sha256": checkpoint, "device": str(device),
               "data_sha256": hashlib.sha256(content).hexdigest(), "torch": torch.__version__,
               "code_sha256": hashlib.sha256(code).hexdigest()}
-    data = Embedded(images, texts[:-1], texts[-1], samples.truth, samples.taxonomy,
+    h = len(prompts)
+    data = Embedded(images, texts[:h], texts[h], texts[h + 1:], samples.truth, samples.taxonomy,
                     backbone.logit_scale)
     return to_device(data, device), samples, origin
 
@@ -763,7 +786,8 @@ def run(config):
         results[name].append(run_once(one, data, samples, origin))
     m = results[names[0]][0]
     print(f"\n{config.dataset}: {m['n_train']} training images ({config.frac:.0%}), {m['n_test']} "
-          f"test images, {splits} split(s), backbone {origin['backbone']}; runs in {config.out}/\n")
+          f"test images, {splits} split(s), backbone {origin['backbone']}; runs in {config.out}/\n"
+          f"{samples.taxonomy.spec.get('note', '')}\n")
     print(format_table(results))
 
 

@@ -354,6 +354,31 @@ def test_objective_is_equation_3(n, unit):
     assert torch.allclose(got, expected, atol=1e-8)
 
 
+def test_contrast_of_free_texts():
+    """With a text for each image, both terms are Eq. 2 on Q and on its transpose."""
+    taxonomy, _, truth = tiny_problem(9)
+    g = torch.Generator().manual_seed(5)
+    pairs = [F.normalize(torch.randn(9, 4, generator=g, dtype=torch.float64), dim=1) for _ in "it"]
+    _, terms = scale.scale_loss(torch.zeros(9, 5).double(), truth, taxonomy, 1.0, 0.1,
+                                (1, 1, 1, 1), True, pairs)
+    for term, q in (("rows", pairs[0] @ pairs[1].T), ("columns", pairs[1] @ pairs[0].T)):
+        loops = [supcon_loop(q, truth[:, part].int().argmax(1).tolist(), 0.1, True)
+                 for part in (slice(0, 3), slice(3, 5))]
+        torch.testing.assert_close(terms[term], sum(loops) / 2)
+
+
+def test_rows_of_many_images():
+    """Beyond 512 images the kernel takes over: the same loss and gradient as the dense batch."""
+    taxonomy, z, truth = tiny_problem(520)
+    q = [F.normalize(z[:, part] * truth[:, part].sum(0).sqrt(), dim=1) for part in
+         (slice(0, 3), slice(3, 5))]
+    labels = [truth[:, :3].int().argmax(1), truth[:, 3:].int().argmax(1)]
+    dense = sum(map(scale.supcon_reference, q, labels, (0.1, 0.1))) / 2
+    tiled = scale.supcon_of_rows(z, truth, taxonomy.combination, 0.1, True)
+    torch.testing.assert_close(tiled, dense)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (tiled, dense)))
+
+
 def test_objective_without_positives_or_contrast():
     """All labels different, all equal, all rows identical: finite losses and gradients, no NaN."""
     taxonomy, _, _ = tiny_problem(1)
@@ -365,19 +390,21 @@ def test_objective_without_positives_or_contrast():
         assert loss.isfinite() and z.grad.isfinite().all()
 
 
-def test_only_the_adapters_train():
+@pytest.mark.parametrize("templates", [True, False])
+def test_only_the_adapters_train(templates):
     """A frozen feature that moved, or an adapter tensor that did not, would show."""
     taxonomy, _, truth = tiny_problem(12)
     g = torch.Generator().manual_seed(3)
     images, texts = (F.normalize(torch.randn(n, 16, generator=g), dim=1) for n in (12, 6))
+    reports = F.normalize(truth.float() @ texts[:5], dim=1)[:0 if templates else 12]
     frozen = images.clone(), texts.clone()
-    data = scale.Embedded(images, texts[:5], texts[5], truth, taxonomy, 30.0)
-    config, log = scale.Config(epochs=5), []
+    data = scale.Embedded(images, texts[:5], texts[5], reports, truth, taxonomy, 30.0)
+    config, log = scale.Config(epochs=40), []
     before = scale.fit_scale(data, range(12), scale.Config(epochs=0), torch.Generator(), [])[1]
     _, state = scale.fit_scale(data, range(12), config, torch.Generator(), log)
     assert torch.equal(images, frozen[0]) and torch.equal(texts, frozen[1])
     assert len(state) == 6 and all(not torch.equal(before[k], state[k]) for k in state)
-    assert len(log) == 5 and log[-1]["loss"] < log[0]["loss"]
+    assert len(log) == 40 and log[-1]["loss"] < log[0]["loss"]
 
 
 # ---- Subsets and metrics -------------------------------------------------------------------------

@@ -53,24 +53,31 @@ def _torch_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, c
 
     Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
     """
-    logits = (a.to(scale.dtype) * scale) @ b.to(scale.dtype).T
+    a, b, alpha = a.to(scale.dtype), b.to(scale.dtype), scale.item()
     same = a_labels[:, None] == b_labels
     if rows is not None:
-        weights = (logits - rows[0, :, None]).exp_().mul_(rows[1, :, None])
-        weights += logits.sub_(cols[0]).exp_().mul_(cols[1])
-        weights += torch.add(rows[2, :, None], cols[2], out=logits).mul_(same)
+        weights = torch.addmm(-rows[0, :, None], a, b.T, alpha=alpha)  # logits - lse
+        share = torch.add(rows[0, :, None], weights).sub_(cols[0]).exp_().mul_(cols[1])
+        weights.exp_().mul_(rows[1, :, None]).add_(share)
+        torch.add(rows[2, :, None], cols[2], out=share)
+        weights += torch.where(same, share, 0)
         weights.diagonal(offset).zero_()
         return weights
-    i, j = torch.arange(len(a), device=a.device)[:, None], torch.arange(len(b), device=a.device)
-    hidden = j <= i if symmetric else j == i + offset  # symmetric: seen from the other side
-    positive = same.masked_fill_(hidden, False)
-    sums = torch.where(positive, logits, 0)
-    logits.masked_fill_(hidden, -math.inf)
+    logits = torch.addmm(scale, a, b.T, beta=0, alpha=alpha)
+    if symmetric:  # pairs on and below the diagonal are seen from the other side
+        below = torch.ones(len(a), len(a), dtype=torch.bool, device=a.device).tril_()
+        same[:, : len(a)].masked_fill_(below, False)
+        sums = torch.where(same, logits, 0)
+        logits[:, : len(a)].masked_fill_(below, -math.inf)
+    else:
+        same.diagonal(offset).fill_(False)
+        sums = torch.where(same, logits, 0)
+        logits.diagonal(offset).fill_(-math.inf)
     statistics = []
     for d in (1, 0):
         top = logits.amax(d, keepdim=True).clamp_(min=-1e30)
         lse = (logits - top).exp_().sum(d).log_() + top.squeeze(d)
-        statistics.append(torch.stack([lse, sums.sum(d), positive.sum(d)]))
+        statistics.append(torch.stack([lse, sums.sum(d), same.sum(d)]))
     return statistics
 
 
@@ -157,7 +164,7 @@ def _triton_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, 
 # ---- 4. All pairs, as operators that autograd and torch.compile know ----
 def _blocks(a, b, a_labels, b_labels, scale, offset, symmetric):
     """Cut all pairs into blocks of rows: yields the slices and the arguments of a tile."""
-    step = max(256, min(512, len(a) // 8))  # CPU: stays in cache, loses little of the symmetry
+    step = 256  # stays in a CPU's cache, loses little of the symmetry
     if a.is_cuda:  # fills the device; weights are at most 2^28 numbers
         step = max(128, min(max(2048, len(a) // 8), 2**28 // len(b)) // 128 * 128)
     for start in range(0, len(a), step):
@@ -234,7 +241,7 @@ def _backward(ctx, grad_rows, grad_cols):
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("supcon_loss: a second derivative (backward of backward) is not there")
+    raise RuntimeError("supcon_loss has no second derivative: this is backward of its backward")
 
 
 pair_statistics.register_fake(
@@ -268,34 +275,28 @@ def _require(condition, message):
         raise ValueError(message)
 
 
-def _uses_triton(impl, features):
-    interpreted = triton is not None and type(_tile_kernel).__name__ == "InterpretedFunction"
-    able = interpreted or triton is not None and features.is_cuda
-    able = able and features.dtype != torch.float64
-    _require(impl in ("auto", "torch") or impl == "triton" and able, f"impl must be 'auto', "
-             f"'torch', or with Triton, on a GPU and not in float64, 'triton'; it is {impl!r} "
-             f"for {features.dtype} on {features.device}")
-    return able and (impl == "triton" or impl == "auto" and features.is_cuda)
-
-
 def _anchor_losses(a, b, a_labels, b_labels, temperature, offset, impl, symmetric=False):
     """For rows (N,) and columns (M,) of a @ b.T as anchors: their losses, which have positives."""
+    shapes = [(tuple(x.shape), x.dtype, x.device) for x in (a, b)]
+    _require(a.ndim == b.ndim == 2 and a.numel() and a.is_floating_point() and a.dtype == b.dtype
+             and a.shape[1] == b.shape[1] and a.device == b.device and len(b),
+             f"features and contrast must be floating (N, D), (M, D), not {shapes}")
     for x, labels in ((a, a_labels), (b, b_labels)):
-        _require(x.ndim == 2 and x.numel() and x.is_floating_point() and x.dtype == a.dtype
-                 and x.shape[1] == a.shape[1] and x.device == a.device,
-                 "features and contrast must be floating (N, D) and (M, D) of one dtype and "
-                 f"device, not {tuple(a.shape)} {a.dtype} {a.device} and "
-                 f"{tuple(b.shape)} {b.dtype} {b.device}")
-        _require(labels.shape == x.shape[:1] and not labels.is_floating_point(),
-                 f"labels must be integer ({len(x)},), not {labels.dtype} {tuple(labels.shape)}")
-    tensor = isinstance(temperature, Tensor)
-    if not (tensor and (temperature.is_cuda or torch.compiler.is_compiling())):  # do not wait
+        _require(labels.shape == x.shape[:1] and not labels.is_floating_point()
+                 and labels.device == x.device, f"labels must be integer ({len(x)},) beside the "
+                 f"features, not {labels.dtype} {tuple(labels.shape)} on {labels.device}")
+    if not isinstance(temperature, Tensor) or not (
+            temperature.is_cuda or torch.compiler.is_compiling()):  # do not wait for the GPU
         _require(temperature > 0, f"temperature must be positive, not {temperature}")
+    able = triton is not None and a.dtype != torch.float64 and (
+        a.is_cuda or type(_tile_kernel).__name__ == "InterpretedFunction")
+    _require(impl in ("auto", "torch") or impl == "triton" and able, f"impl must be 'auto', 'torch'"
+             f" or, with Triton on a GPU and not in float64, 'triton': {impl!r}, {shapes[0]}")
     scale = torch.as_tensor(1 / temperature, dtype=torch.promote_types(a.dtype, torch.float32),
                             device=a.device).reshape(())
     statistics = pair_statistics(
         a.contiguous(), b.contiguous(), a_labels.long().contiguous(), b_labels.long().contiguous(),
-        scale, offset, symmetric, _uses_triton(impl, a))
+        scale, offset, symmetric, able and impl != "torch" and (a.is_cuda or impl == "triton"))
     return [(torch.where(count > 0, lse - total / count.clamp(min=1), 0), count > 0)
             for lse, total, count in statistics]
 
@@ -318,8 +319,9 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     Raises ValueError for what does not fit, RuntimeError for a derivative of the gradient.
     """
     alone = contrast is None
-    _require(alone <= (labels is not None) and alone <= (contrast_labels is None) and
-             alone <= (not both), "without contrast: labels, no contrast_labels, both=False")
+    fits = labels is not None and contrast_labels is None and not both if alone else (
+        (labels is None) == (contrast_labels is None))
+    _require(fits, "give labels alone, or contrast with labels and contrast_labels or neither")
     _require(reduction in ("mean", "sum", "none"), f"reduction is {reduction!r}")
     rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
     if alone:
@@ -377,101 +379,89 @@ def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl=
 # ---- 6. Benchmark: every figure from a process of its own, in turns ----
 def _candidates():
     """name -> loss of (x, y, labels): SupCon of x, or SCALE's two terms of Q = x @ y.T."""
-    compiled = torch.compile(supcon_reference, dynamic=True)
-
-    def floor(x, y, labels):  # two products of 2 N^2 D operations
-        return x.sum() * 0 + sum((rows @ x.T @ x)[0, 0] for rows in x.detach().split(512))
-
     def metric_learning(x, y, labels):
         from pytorch_metric_learning.losses import SupConLoss
         return SupConLoss(temperature=0.07)(x, labels)
+
+    def floor(x, y, labels):  # two products of 2 N^2 D operations and nothing else
+        z = x.detach()
+        return 0 * x.sum() + sum((rows @ z.T @ z)[0, 0] for rows in z.split(512))
 
     def formula(x, y, labels):
         q = x @ y.T
         return sum(supcon_reference(normalize(m, dim=1), labels) for m in (q, q.T))
 
-    def products(x, y, labels):
-        return product_supcon_loss(x, y, labels) + product_supcon_loss(y, x, labels)
-
-    return {"floor: two products": floor,
+    compiled = torch.compile(supcon_reference, dynamic=True)
+    return {"floor": floor, "pytorch-metric-learning": metric_learning,
             "plain torch": lambda x, y, labels: supcon_reference(x, labels),
             "torch.compile": lambda x, y, labels: compiled(x, labels),
-            "metric-learning": metric_learning,
             "supcon_loss": lambda x, y, labels: supcon_loss(x, labels),
-            "Q, Q Q^T, Q^T Q": formula, "product_supcon_loss": products}
-
-
-def _memory(reset=False):
-    """Peak MiB of the GPU, or of this process, since the last reset."""
-    if torch.cuda.is_available():
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated() / 2**20
-    if reset:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    with open("/proc/self/status") as file:
-        return int(file.read().split("VmHWM:")[1].split()[0]) / 2**10
+            "SCALE: Q, Q Q^T, Q^T Q": formula,
+            "SCALE: product_supcon_loss": lambda x, y, labels: (
+                product_supcon_loss(x, y, labels) + product_supcon_loss(y, x, labels))}
 
 
 def _measure(name, n, dim):
-    """Milliseconds of forward and backward (CPU time, on a GPU elapsed) and peak MiB added."""
+    """Milliseconds of forward and backward (CPU time, on a GPU elapsed), MiB added to the peak."""
     import time
-
-    cuda, loss, times = torch.cuda.is_available(), _candidates()[name], []
+    gpu, loss, times, peaks = torch.cuda.is_available(), _candidates()[name], [], []
+    clock = time.perf_counter if gpu else time.process_time
+    x, y = (normalize(torch.randn(n, dim, device="cuda" if gpu else "cpu")) for _ in "xy")
+    inputs = x.requires_grad_(), y.requires_grad_(), torch.arange(n, device=x.device) % 12
     for size in (64, n, n, n):  # the first loads and compiles
-        x, y = (normalize(torch.randn(size, dim, device="cuda" if cuda else "cpu")) for _ in "xy")
-        inputs = x.requires_grad_(), y.requires_grad_(), torch.arange(size, device=x.device) % 12
-        before, start = _memory(reset=True), (time.perf_counter if cuda else time.process_time)()
-        torch.autograd.grad(loss(*inputs), inputs[:2], allow_unused=True)
-        if cuda:
+        start = clock()
+        torch.autograd.grad(loss(*(z[:size] for z in inputs)), (x, y), allow_unused=True)
+        if gpu:
             torch.cuda.synchronize()
-        times.append((time.perf_counter if cuda else time.process_time)() - start)
-    return sorted(times[1:])[1] * 1000, _memory() - before
+            peaks.append(torch.cuda.max_memory_allocated() / 2**20)
+        times.append(clock() - start)
+        if not gpu:  # Linux
+            with open("/proc/self/status") as file:
+                peaks.append(int(file.read().split("VmHWM:")[1].split()[0]) / 2**10)
+    return sorted(times[1:])[1] * 1000, peaks[-1] - peaks[0]
 
 
-def _gradient_error(loss, dtype):
-    """Relative error on the GPU against the reference in float64 on the same features."""
+def _check(dtype):
+    """Gradient error on the GPU against float64: not worse than plain torch's in this dtype."""
     x = normalize(torch.randn(1000, 200, device="cuda")).to(dtype).requires_grad_()
-    exact, labels = x.detach().double().requires_grad_(), torch.arange(1000, device="cuda") % 12
-    exact, = torch.autograd.grad(supcon_reference(exact, labels), exact)
-    return ((torch.autograd.grad(loss(x, labels), x)[0] - exact).norm() / exact.norm()).item()
+    labels = torch.arange(1000, device="cuda") % 12
+    exact, ours, plain = (
+        torch.autograd.grad(loss(z, labels), x)[0].double() for loss, z in
+        ((supcon_reference, x.double()), (supcon_loss, x), (supcon_reference, x)))
+    ours, plain = (((g - exact).norm() / exact.norm()).item() for g in (ours, plain))
+    print(f"{dtype}: gradient error {ours:.1e}, plain torch {plain:.1e}")
+    assert ours <= 1.3 * plain + 1e-6, "the Triton tiles are wrong on this GPU"
 
 
 def main():
-    """Benchmark the losses: medians of interleaved processes."""
+    """Print time and memory of forward and backward: medians of interleaved runs."""
     import argparse
     import statistics
     import subprocess
     import sys
-
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", help="one candidate, in this process")
+    parser.add_argument("--only", help="this candidate alone, in this process")
     args = parser.parse_args()
     if args.only:
         return print(*_measure(args.only, args.sizes[0], args.dim))
     for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else ():
-        ours, plain = (_gradient_error(f, dtype) for f in (supcon_loss, supcon_reference))
-        print(f"{dtype}: gradient error {ours:.1e}, plain torch {plain:.1e}")
-        assert ours <= 2 * plain + 1e-6, "the Triton kernels are wrong on this GPU"
-    print(f"{'N':>6} {'':24} {'ms':>9} {'x plain':>8} {'x floor':>8} {'MiB':>7}")
+        _check(dtype)
+    print(f"{'N':>6} {'':26} {'ms':>9} {'faster':>7} {'x floor':>8} {'MiB':>7}")
     for n in args.sizes:
-        figures = {name: [] for name in _candidates()}
-        for _ in range(args.rounds):
-            for name, found in figures.items():
-                child = subprocess.run([sys.executable, __file__, "--only", name, "--sizes", str(n),
-                                        "--dim", str(args.dim)], capture_output=True, text=True)
-                if child.returncode == 0:  # else: not installed, or out of memory
-                    found.append([float(x) for x in child.stdout.split()])
-        table = {name: [statistics.median(column) for column in zip(*found, strict=True)]
-                 for name, found in figures.items() if found}
-        for name, (ms, mib) in table.items():
-            plain = "Q, Q Q^T, Q^T Q" if name[0] in "Qp" and name != "plain torch" else "plain torch"
-            print(f"{n:6} {name:24} {ms:9.1f} {table[plain][0] / ms:8.2f} "
-                  f"{ms / table['floor: two products'][0]:8.2f} {mib:7.0f}", flush=True)
+        runs = {name: [] for name in _candidates()}
+        for name in list(runs) * 3:
+            child = [sys.executable, __file__, "--only", name, "--sizes", n, "--dim", args.dim]
+            child = subprocess.run([str(x) for x in child], capture_output=True, text=True)
+            if child.returncode == 0:  # else not installed, or out of memory
+                runs[name].append([float(x) for x in child.stdout.split()])
+        found = {name: [statistics.median(x) for x in zip(*values, strict=True)]
+                 for name, values in runs.items() if values}
+        for name, (ms, mib) in found.items():
+            rival = found["SCALE: Q, Q Q^T, Q^T Q" if "SCALE" in name else "plain torch"][0]
+            print(f"{n:6} {name:26} {ms:9.1f} {rival / ms:6.2f}x {ms / found['floor'][0]:8.2f} "
+                  f"{mib:7.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -19,36 +19,26 @@ class InputError(Exception):
 def misfit(path, expected, found):
     """InputError that says of a file below weights/<name>/ what was expected and what found."""
     name = Path(path).absolute().parent.name
-    return InputError(f"{path}: expected {expected}, found {found}; "
-                      f"mend it with: python data_prep.py weights {name}")
+    mend = "git checkout weights/demo" if name == "demo" else f"python data_prep.py weights {name}"
+    return InputError(f"{path}: expected {expected}, found {found}; mend it with: {mend}")
 
 
 def read_json(path):
     """The object in a JSON file, {} if there is no such file; InputError if it is not one."""
     try:
-        found = json.loads(Path(path).read_bytes())
+        return {**json.loads(Path(path).read_bytes())}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
-        raise misfit(path, "JSON", error) from error
-    if not isinstance(found, dict):
-        raise misfit(path, "a JSON object", f"a {type(found).__name__}")
-    return found
+    except (OSError, TypeError, ValueError) as error:
+        raise misfit(path, "a JSON object", error) from error
 
 
 def read_tensors(path):
-    """Name -> tensor of a safetensors file, memory-mapped; other floating types become float32.
-
-    float32 tensors stay views of the file, so that loading reads only what is used later.
-    """
+    """Name -> tensor of a safetensors file, a view of it if float32; other floats become that."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        found = str(error) if Path(path).exists() else "no such file"
-        if Path(path).is_file():
-            with open(path, "rb") as file:
-                found = "a Git LFS pointer" if file.read(7) == b"version" else found
-        raise misfit(path, "a complete safetensors file", found) from error
+        raise misfit(path, "a whole safetensors file, no Git LFS pointer", error) from error
     return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
 
 
@@ -58,17 +48,16 @@ def check_tensors(path, tensors, expected, ignore=(), alias=str):
     `ignore`: endings of names to drop; `alias` turns a name into the file's own spelling. Only
     vectors are searched for NaN: to search all would read the whole file.
     """
-    extra = [n for n in tensors if n not in expected and not n.endswith(tuple(ignore))]
-    wrong = [f"the unknown {alias(n)} {tuple(tensors[n].shape)}" for n in extra]
+    wrong = [f"the unknown {alias(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items()
+             if name not in expected and not name.endswith(tuple(ignore))]
     for name, shape in expected.items():
         if name not in tensors:
-            like = [f", unless it is {alias(n)}" for n in extra if tensors[n].shape == shape]
-            wrong.append(f"no {alias(name)} {shape}" + "".join(like[:1]))
+            wrong.append(f"no {alias(name)} {shape}")
         elif tensors[name].shape != shape:
             wrong.append(f"{alias(name)} of shape {tuple(tensors[name].shape)} instead of {shape}")
         elif len(shape) < 2 and not torch.isfinite(tensors[name]).all():
             wrong.append(f"NaN or infinity in {alias(name)}")
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise misfit(path, f"{len(expected)} tensors of known shape", "; ".join(wrong[:4]) + more)
+        found = f"{len(wrong)} fault(s): " + "; ".join(wrong[:4])
+        raise misfit(path, f"{len(expected)} tensors of known shape", found)
     return {name: tensors[name] for name in expected}
