@@ -142,15 +142,14 @@ def prepare_derm7p(raw, folder, backbone="monet", note=""):
 
 def print_counts(samples):
     """Each expression's images per split beside the count of the published release."""
-    print(f"{'expression':42} {'train':>11} {'valid':>11} {'test':>11}   (known)")
+    print(f"{'images (known)':36}{'train':>11}{'valid':>11}{'test':>11}")
     for criterion, expressions in DERM7P.items():
         for expression, (_, *known) in expressions.items():
             name = combination_name(criterion, expression)
-            counts = [sum(s[3] == part and name in s[2].split(";") for s in samples)
+            counts = [sum(row[3] == part and name in row[2].split(";") for row in samples)
                       for part in SPLITS]
-            cells = [f"{c:5} ({k:3})" for c, k in zip(counts, known, strict=True)]
-            print(f"{name:42}", " ".join(f"{c:>11}" for c in cells),
-                  "" if counts == known else "  differs")
+            cells = (f"{count:5} ({k:3})" for count, k in zip(counts, known, strict=True))
+            print(f"{name:36}", *cells, "" if counts == known else "differs")
 
 
 def write_prepared(folder, taxonomy, samples):
@@ -179,20 +178,8 @@ def prepare_demo(data):
 
 
 # ---- Weights -------------------------------------------------------------------------------------
-SOURCES = {  # name: where its authors publish it, licence
-    "monet": ("chanwkim/monet on Hugging Face", "CC BY-NC-SA 4.0"),
-    "clip": ("openai/clip-vit-large-patch14 on Hugging Face", "MIT"),
-}
-
-
-def explain_weights(name):
-    """What to put into weights/<name>/; InputError for a name that nobody publishes."""
-    if name not in SOURCES:
-        raise InputError(f"weights {name!r} is none of {', '.join(SOURCES)}; a folder of your own "
-                         "needs model.safetensors, config.json, vocab.json and merges.txt.")
-    source, licence = SOURCES[name]
-    return (f"download model.safetensors, config.json, preprocessor_config.json, vocab.json and "
-            f"merges.txt of {source} ({licence}) into weights/{name}/")
+SOURCES = {"monet": "chanwkim/monet on Hugging Face (CC BY-NC-SA 4.0)",
+           "clip": "openai/clip-vit-large-patch14 on Hugging Face (MIT)"}
 
 
 def main(argv=None):
@@ -204,14 +191,14 @@ def main(argv=None):
         command.add_argument("--data", default="data", type=Path, help="where to write [data]")
         if name != "demo":
             command.add_argument("raw", type=Path, help="folder of the release as downloaded")
-    commands.add_parser("weights").add_argument("name", help=" or ".join(SOURCES))
+    commands.add_parser("weights").add_argument("name", choices=SOURCES)
     args = parser.parse_args(argv)
     try:
         if args.command == "demo":
-            print(f"{prepare_demo(args.data)}: 1,011 images prepared; next: "
-                  "python scale.py --dataset demo --frac 0.05")
+            prepare_demo(args.data)
         elif args.command == "weights":
-            print(explain_weights(args.name))
+            print("download model.safetensors, config.json, preprocessor_config.json, vocab.json "
+                  f"and merges.txt of {SOURCES[args.name]} into weights/{args.name}/")
         else:
             samples = prepare_derm7p(args.raw, args.data / args.command)
             print_counts(samples)

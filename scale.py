@@ -113,7 +113,6 @@ class Level:
     """Combinations, concepts or classes of all tasks, side by side as K columns."""
 
     names: list            # K strings
-    task: torch.Tensor     # (K,) index of the task that a column belongs to
     own: torch.Tensor      # (T, K) bool: column k belongs to task t
     members: torch.Tensor  # (K, G) the combinations of each column, padded by repeating the first
 
@@ -122,15 +121,11 @@ class Level:
 class Taxonomy:
     """What is known beforehand: tasks, and which concept and class a combination h is made of."""
 
-    spec: dict             # taxonomy.json: tasks, negative_prompt, backbone, root
+    spec: dict             # all of taxonomy.json: negative_prompt, backbone, root, note and
+    tasks: list            # a dict a task: name, exclusive, classes, concepts, combinations
     combination: Level     # H columns
     concept: Level         # L columns
     klass: Level           # C columns
-
-    @property
-    def tasks(self):
-        """One dict a task: name, exclusive, classes, concepts, combinations."""
-        return self.spec["tasks"]
 
 
 def make_taxonomy(spec):
@@ -145,7 +140,7 @@ def make_taxonomy(spec):
         raise TypeError("names, prompts and backbone must be texts")
     if not all(isinstance(task["exclusive"], bool) for task in tasks):
         raise TypeError("exclusive must be true or false")
-    return Taxonomy(spec, *(make_level(tasks, combinations, *keys) for keys in (
+    return Taxonomy(spec, tasks, *(make_level(tasks, combinations, *keys) for keys in (
         ("combinations", "name"), ("concepts", "concept"), ("classes", "class"))))
 
 
@@ -163,9 +158,8 @@ def make_level(tasks, combinations, plural, part):
         raise ValueError(f"a combination has a {part} that its task does not list once")
     size = max(len(members) for _, _, members in columns)
     padded = [members + members[:1] * (size - len(members)) for _, _, members in columns]
-    task = torch.tensor([t for _, t, _ in columns])
-    own = task == torch.arange(len(tasks))[:, None]
-    return Level([name for name, _, _ in columns], task, own, torch.tensor(padded))
+    own = torch.tensor([t for _, t, _ in columns]) == torch.arange(len(tasks))[:, None]
+    return Level([name for name, _, _ in columns], own, torch.tensor(padded))
 
 
 @dataclass(frozen=True)
@@ -179,61 +173,56 @@ class Samples:
     split: np.ndarray      # (N,) of "train", "valid", "test"
 
 
-def read_samples(folder):
-    """Read taxonomy.json and samples.csv; InputError names the row of a wrong label or split."""
+def read_samples(folder, criterion=""):
+    """Read taxonomy.json and samples.csv; InputError names the row of a wrong label or split.
+
+    criterion: keep the labels and combinations of this task alone.
+    """
     path = folder / "taxonomy.json"
     try:
         taxonomy = make_taxonomy(json.loads(path.read_text(encoding="utf-8")))
-        root, column = folder / taxonomy.spec.get("root", ""), taxonomy.combination.names.index
-        path = folder / "samples.csv"
+        root, path = folder / taxonomy.spec.get("root", ""), folder / "samples.csv"
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [(row["image"], row["labels"].split(";"), row["split"], row.get("patient"),
-                     row.get("text")) for row in csv.DictReader(file)]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
-        raise InputError(f"{path} is not as README, Data, describes it ({type(error).__name__}: "
-                         f"{error}): run data_prep.py again.") from None
-    truth = torch.zeros(len(rows), len(taxonomy.combination.names), dtype=torch.bool)
-    for n, (_, labels, split, *_) in enumerate(rows):
-        for label in filter(None, labels):
-            if label not in taxonomy.combination.names:
-                raise InputError(f"{path} row {n + 2}: label {label!r} is not in taxonomy.json.")
-            truth[n, column(label)] = True
-        if split not in ("train", "valid", "test"):
-            raise InputError(f"{path} row {n + 2}: split {split!r} is not train, valid or test.")
-    check_samples(path, rows, truth, taxonomy)
-    texts = [row[4] for row in rows if row[4]]
+            rows = list(csv.DictReader(file))
+        truth = torch.stack([read_row(row, n + 2, taxonomy) for n, row in enumerate(rows)])
+        images, split = [root / row["image"] for row in rows], [row["split"] for row in rows]
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, csv.Error
+            ) as error:
+        found = str(error) if type(error) is ValueError else repr(error)
+        raise InputError(f"{path}: {found}; see README, Data, or run data_prep.py again.") from None
+    for a, b in (("train", "test"), ("test", "train")):
+        patients = {row.get("patient") for row in rows if row["split"] == a} - {None, ""}
+        shared = patients & {row.get("patient") for row in rows if row["split"] == b}
+        if shared or a not in split:
+            raise InputError(f"{path}: patient {min(shared)} is in train and in test." if shared
+                             else f"{path} has no row with split {a}: prepare the folder again.")
+    texts = [row["text"] for row in rows if row.get("text")]
     if len(texts) not in (0, len(rows)):
         raise InputError(f"{path} has a text in {len(texts)} of {len(rows)} rows: in all or none.")
-    return Samples(taxonomy, [root / row[0] for row in rows], texts, truth,
-                   np.array([row[2] for row in rows]))
+    if criterion:
+        names = [task["name"] for task in taxonomy.tasks]
+        if criterion not in names:
+            raise InputError(f"--criterion {criterion} is none of: {', '.join(names)}.")
+        t = names.index(criterion)
+        truth = truth[:, taxonomy.combination.own[t]]
+        taxonomy = make_taxonomy({**taxonomy.spec, "tasks": [taxonomy.tasks[t]]})
+    return Samples(taxonomy, images, texts, truth, np.array(split))
 
 
-def check_samples(path, rows, truth, taxonomy):
-    """Refuse rows without exactly one label per exclusive task, empty splits, shared patients."""
-    for t, task in enumerate(taxonomy.tasks):
-        count = truth[:, taxonomy.combination.own[t]].sum(1).tolist()
-        for n, labels in enumerate(count if task["exclusive"] else []):
-            if labels != 1:
-                raise InputError(f"{path} row {n + 2}: {labels} labels for the exclusive task "
-                                 f"{task['name']!r}, which needs exactly one.")
-    patients = {part: {row[3] for row in rows if row[2] == part} for part in ("train", "test")}
-    for part, found in patients.items():
-        if not found:
-            raise InputError(f"{path} has no row with split {part}: prepare the folder again.")
-    both = patients["train"] & patients["test"] - {"", None}
-    if both:
-        raise InputError(f"{path}: patient {min(both)} is in train and in test; move one of them.")
-
-
-def only_task(samples, name):
-    """Samples with the labels and the taxonomy of one task (--criterion)."""
-    old = samples.taxonomy
-    names = [task["name"] for task in old.tasks]
-    if name not in names:
-        raise InputError(f"--criterion {name} is none of: {', '.join(names)}.")
-    t = names.index(name)
-    new = make_taxonomy({**old.spec, "tasks": [old.tasks[t]]})
-    return replace(samples, taxonomy=new, truth=samples.truth[:, old.combination.own[t]])
+def read_row(row, number, taxonomy):
+    """Truth (H,) of a row of samples.csv; ValueError says what is wrong with it."""
+    names, labels = taxonomy.combination.names, row["labels"].split(";") if row["labels"] else []
+    unknown = [label for label in labels if label not in names]
+    if unknown:
+        raise ValueError(f"row {number}: label {unknown[0]!r} is not in taxonomy.json")
+    if row["split"] not in ("train", "valid", "test"):
+        raise ValueError(f"row {number}: split {row['split']!r} is not train, valid or test")
+    truth = torch.tensor([name in labels for name in names])
+    for task, count in zip(taxonomy.tasks, (taxonomy.combination.own & truth).sum(1), strict=True):
+        if task["exclusive"] and count != 1:
+            raise ValueError(f"row {number}: {count} labels for the exclusive task "
+                             f"{task['name']!r}, which needs exactly one")
+    return truth
 
 
 def at_level(values, level):
@@ -402,7 +391,11 @@ def cross_entropy(z, truth, level, scale):
     return (log_sum.sum() - (logits * truth).sum()) / log_sum.numel()
 
 
-def supcon_reference(features, labels, temperature=0.07):
+def supcon(features, labels, temperature):
+    """Eq. 2 as written: the mean over the anchors that have a positive; others contribute 0.
+
+    features (..., N, D), labels (..., N); leading dimensions are independent problems -> (...).
+    """
     logits = features @ features.mT / temperature  # (..., N, N)
     itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
     positive = (labels[..., None] == labels[..., None, :]) & ~itself
@@ -425,7 +418,7 @@ def supcon_of_rows(z, truth, level, temperature, unit):
     rows = F.normalize(rows, dim=-1) if unit else rows  # Choice: raw rows grow with N
     labels = (truth & own).int().argmax(-1)  # (T, N)
     if len(z) <= 512:  # one dense batch of small problems is faster than T calls
-        return supcon_reference(rows, labels, temperature).mean()
+        return supcon(rows, labels, temperature).mean()
     losses = [supcon_loss(*task, temperature) for task in zip(rows, labels, strict=True)]
     return torch.stack(losses).mean()
 
@@ -439,8 +432,8 @@ def supcon_of_columns(z, truth, level, temperature, unit):
     columns = F.normalize(z, dim=0) if unit else z
     logits = columns.T @ columns / temperature  # (H, H)
     count = truth.sum(0)  # (H,)
-    others = count - torch.eye(len(count), device=z.device)  # (H, H), the anchor itself left out
-    others = others.masked_fill(level.task != level.task[:, None], 0).clamp(min=0)
+    together = (level.own[:, :, None] & level.own[:, None]).any(0)  # (H, H): of the same task
+    others = (count - torch.eye(len(count), device=z.device)).clamp(min=0) * together
     anchors = count * (count > 1)  # (H,), those that have a positive
     log_sum = (logits + others.log()).masked_fill(anchors[:, None] == 0, 0).logsumexp(-1)
     losses = (log_sum - logits.diagonal()) * anchors
@@ -465,14 +458,11 @@ def scale_loss(z, truth, taxonomy, logit_scale, temperature, lambdas, unit=True,
                                  ("concept", taxonomy.concept), ("class", taxonomy.klass))}
     rest = (truth, taxonomy.combination, temperature, unit)
     if pairs is None:
-        contrast = {"rows": partial(supcon_of_rows, z), "columns": partial(supcon_of_columns, z)}
+        terms |= {"rows": supcon_of_rows(z, *rest), "columns": supcon_of_columns(z, *rest)}
     else:
-        contrast = {"rows": partial(supcon_of_products, *pairs),
-                    "columns": partial(supcon_of_products, *pairs[::-1])}
-    for weight, (name, term) in zip(lambdas[2:], contrast.items(), strict=True):
-        terms[name] = term(*rest) if weight else z.new_zeros(())  # weight 0: not computed
-    weights = (1, *lambdas)
-    return sum(w * term for w, term in zip(weights, terms.values(), strict=True)), terms
+        terms |= {"rows": supcon_of_products(*pairs, *rest),
+                  "columns": supcon_of_products(*pairs[::-1], *rest)}
+    return sum(w * term for w, term in zip((1, *lambdas), terms.values(), strict=True)), terms
 
 
 # ---- 7. Methods: fit(data, rows, config, generator, log) -> (predict, state) ---------------------
@@ -499,12 +489,7 @@ def to_device(record, device):
 
 def fit_zeroshot(data, rows, config, generator, log):
     """Frozen cosines: nothing is trained."""
-    texts = data.texts - data.negative
-
-    def predict(images):
-        return data.logit_scale * images @ texts.T
-
-    return predict, {}
+    return lambda images: data.logit_scale * images @ (data.texts - data.negative).T, {}
 
 
 def fit_scale(data, rows, config, generator, log):
@@ -516,6 +501,8 @@ def fit_scale(data, rows, config, generator, log):
         branch: Adapter(dim, max(1, dim // config.width), config.alpha, generator)
         for branch in ("image", "text")}).to(data.images.device)  # Choice: one per branch
     lambdas = [float(part) for part in config.lambdas.split(",")]
+    if config.rows == "raw":
+        print("warning: products of raw rows of Q grow with the batch (Eq. 2)", file=sys.stderr)
     # Choice: constant rate, no decay, and the last epoch is the result: nothing is selected.
     optimizer = torch.optim.Adam(adapters.parameters(), lr=config.lr, fused=True)
     size = config.batch_size or (len(rows) if len(rows) <= 1024 else 256)  # Choice
@@ -599,18 +586,22 @@ def score_task(margins, truth, exclusive, only=None):
     f1 = 2 * hits / (decided.sum(0) + shown).clamp(min=1)
     # Choice: plain accuracy (per binary label where labels do not exclude one another).
     accuracy = (decided & truth).any(1) if exclusive else decided == truth
-    result = {"accuracy": accuracy.double().mean().item(),
-              "recall": (hits / shown)[present].double().mean().item(),
-              "f1": f1[present].double().mean().item()}
     scores = {"auc": margins}
     if exclusive:
         top = margins.topk(min(2, len(shown)), 1).values
         scores["auc_pair"] = margins - top[:, :1].where(margins < top[:, :1], top[:, -1:])
     ranked = [k for k in range(len(shown)) if 0 < shown[k] < len(truth) and only in (None, k)]
-    for name, score in scores.items():
-        areas = [area_under_curve(score[:, k], truth[:, k]) for k in ranked]
-        result[name] = float(np.mean(areas)) if areas else math.nan
-    return result
+    areas = {name: mean_of(area_under_curve(score[:, k], truth[:, k]) for k in ranked)
+             for name, score in scores.items()}
+    return {"accuracy": accuracy.double().mean().item(),
+            "recall": (hits / shown)[present].double().mean().item(),
+            "f1": f1[present].double().mean().item(), **areas}
+
+
+def mean_of(values):
+    """Mean of the numbers that are defined, nan if none is."""
+    values = [value for value in values if not math.isnan(value)]
+    return sum(values) / len(values) if values else math.nan
 
 
 def evaluate(margins, truth, trained, taxonomy):
@@ -624,19 +615,12 @@ def evaluate(margins, truth, trained, taxonomy):
             per_task[task["name"]][name] = score_task(
                 at_level(margins, level)[:, columns], at_level(truth, level)[:, columns],
                 task["exclusive"], 1 if binary else None)
-    means = {name: mean_of([scores[name] for scores in per_task.values()])
-             for name in ("class", "class_concept")}
+    means = {name: {score: mean_of(task[name].get(score, math.nan) for task in per_task.values())
+                    for score in SCORES} for name in ("class", "class_concept")}
     support = {name: {"train": int(a), "test": int(b)} for name, a, b in
                zip(taxonomy.combination.names, trained.sum(0), truth.sum(0), strict=True)}
     return {**means, "per_task": per_task, "support": support,
             "n_train": len(trained), "n_test": len(truth)}
-
-
-def mean_of(scores):
-    """Mean of dicts of numbers, key by key, over the values that are defined."""
-    keys = dict.fromkeys(key for score in scores for key in score)
-    values = {key: [s[key] for s in scores if not math.isnan(s.get(key, math.nan))] for key in keys}
-    return {key: float(np.mean(v)) if v else math.nan for key, v in values.items()}
 
 
 # ---- 9. Runs: one folder per method, fraction and split ------------------------------------------
@@ -678,13 +662,14 @@ def run_once(config, data, samples, origin):
 
 def check_subset(truth, taxonomy, config):
     """Refuse to train where a class has no image."""
-    shown = at_level(truth, taxonomy.klass).any(0)
-    for name, t, any_image in zip(taxonomy.klass.names, taxonomy.klass.task, shown, strict=True):
-        if not any_image:
-            raise InputError(
-                f"class {name!r} of {taxonomy.tasks[t]['name']!r} has no image among the "
-                f"{len(truth)} training images of seed {config.seed} at --frac {config.frac:g}: "
-                "give a larger --frac.")
+    klass = taxonomy.klass
+    for name, own, shown in zip(klass.names, klass.own.T, at_level(truth, klass).any(0),
+                                strict=True):
+        if not shown:
+            task = taxonomy.tasks[own.int().argmax()]["name"]
+            raise InputError(f"class {name!r} of {task!r} has no image among the {len(truth)} "
+                             f"training images of seed {config.seed} at --frac {config.frac:g}: "
+                             "give a larger --frac.")
 
 
 def write_run(folder, settings, log, state, metrics, samples, test, margins):
@@ -740,9 +725,7 @@ def find_folder(config):
 
 def embed_dataset(config):
     """Everything that all runs share: (Embedded on the device, Samples, origin)."""
-    samples = read_samples(find_folder(config))
-    if config.criterion:
-        samples = only_task(samples, config.criterion)
+    samples = read_samples(find_folder(config), config.criterion)
     spec, device = samples.taxonomy.spec, config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
