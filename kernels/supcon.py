@@ -26,6 +26,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.linalg import vecdot
 from torch.nn.functional import normalize
 
 try:
@@ -53,17 +54,15 @@ def _torch_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, c
 
     Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
     """
-    a, b, alpha = a.to(scale.dtype), b.to(scale.dtype), scale.item()
+    logits = (a.to(scale.dtype) @ b.to(scale.dtype).T).mul_(scale)
     same = a_labels[:, None] == b_labels
     if rows is not None:
-        weights = torch.addmm(-rows[0, :, None], a, b.T, alpha=alpha)  # logits - lse
-        share = torch.add(rows[0, :, None], weights).sub_(cols[0]).exp_().mul_(cols[1])
-        weights.exp_().mul_(rows[1, :, None]).add_(share)
-        torch.add(rows[2, :, None], cols[2], out=share)
-        weights += torch.where(same, share, 0)
+        weights = torch.sub(logits, rows[0, :, None]).exp_().mul_(rows[1, :, None])
+        weights += logits.sub_(cols[0]).exp_().mul_(cols[1])
+        torch.add(rows[2, :, None], cols[2], out=logits)
+        weights += torch.where(same, logits, 0)
         weights.diagonal(offset).zero_()
         return weights
-    logits = torch.addmm(scale, a, b.T, beta=0, alpha=alpha)
     if symmetric:  # pairs on and below the diagonal are seen from the other side
         below = torch.ones(len(a), len(a), dtype=torch.bool, device=a.device).tril_()
         same[:, : len(a)].masked_fill_(below, False)
@@ -216,7 +215,7 @@ def pair_gradients(a: Tensor, b: Tensor, a_labels: Tensor, b_labels: Tensor, sca
         tile = _triton_tile if use_triton else _torch_tile
         peak = torch.cat([rows[1:], cols[1:]], 1).abs().amax().clamp(min=1e-30)
         rows, cols = (torch.cat([x[:1], x[1:] / peak]) for x in (rows, cols))  # for fp16 weights
-        grad_a, grad_b = scale.new_zeros(a.shape), scale.new_zeros(b.shape)
+        grad_a, grad_b = scale.new_zeros(a.shape), scale.new_zeros(0 if symmetric else b.shape)
         for r, c, block in _blocks(a, b, a_labels, b_labels, scale, offset, symmetric):
             weights = tile(*block, rows[:, r], (rows if symmetric else cols)[:, c])
             _add_product(grad_a[r], weights, b[c])
@@ -224,8 +223,8 @@ def pair_gradients(a: Tensor, b: Tensor, a_labels: Tensor, b_labels: Tensor, sca
                 _add_product(grad_a[r.stop :], weights[:, len(weights) :].T, b[r])
             else:
                 _add_product(grad_b, weights.T, a[r])
-        grad_scale = (grad_a * a).sum() * (peak / 2 if symmetric else peak)
-        return *((x * (peak * scale)).to(a.dtype) for x in (grad_a, grad_b)), grad_scale
+        grad_scale = vecdot(grad_a, a.to(scale.dtype)).sum() * (peak / 2 if symmetric else peak)
+        return *(x.mul_(peak * scale).to(a.dtype) for x in (grad_a, grad_b)), grad_scale
 
 
 def _save(ctx, inputs, output):
@@ -246,8 +245,8 @@ def _no_second_derivative(ctx, *grads):
 
 pair_statistics.register_fake(
     lambda a, b, c, d, scale, *_: (scale.new_empty(3, len(a)), scale.new_empty(3, len(b))))
-pair_gradients.register_fake(
-    lambda a, b, c, d, scale, *_: (a.new_empty(a.shape), b.new_empty(b.shape), scale.clone()))
+pair_gradients.register_fake(lambda a, b, c, d, scale, offset, symmetric, *_: (
+    a.new_empty(a.shape), b.new_empty(0 if symmetric else b.shape), scale.clone()))
 pair_statistics.register_autograd(_backward, setup_context=_save)
 pair_gradients.register_autograd(_no_second_derivative)
 
@@ -368,10 +367,11 @@ def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl=
         # roles, y and x, to y: right for x, twice too much for the metric, which is halved.
         metric = b.T @ b
         y = a @ ((metric + metric.detach()) / 2)
-        if unit_rows:  # |q_i|^2 = y_i . a_i, written so that both a and the metric get all
-            norm = ((2 * y - y.detach()) * a.detach()).sum(1, keepdim=True).clamp(min=1e-24).sqrt()
-            a, y = a / norm, y / norm
-        losses, counted = _anchor_losses(y, a.detach(), labels, labels, temperature, 0, impl,
+        x = a.detach()
+        if unit_rows:  # |q_i|^2 = y_i . a_i, written so that a and the metric get all they must
+            norm = (2 * vecdot(y, x) - vecdot(y, x).detach()).clamp(min=1e-24).sqrt()[:, None]
+            x, y = x / norm.detach(), y / norm
+        losses, counted = _anchor_losses(y, x, labels, labels, temperature, 0, impl,
                                          symmetric=True)[0]
         return losses.sum() / counted.sum().clamp(min=1)
 

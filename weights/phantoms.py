@@ -12,10 +12,10 @@ SIZE = 96  # pixels
 Y, X = np.mgrid[:SIZE, :SIZE].astype(np.float32)
 STYLE = {  # colours, and (low, high) of what differs between two images of one clinic
     "skin": ((188, 151, 136), (229, 195, 177)), "melanin": (.58, .85, 1), "base": (.25, .5),
-    "blood": (160, 37, 58), "veil": (130, 151, 179), "scar": (232, 224, 216),
+    "blood": (160, 37, 58), "veil": (130, 151, 179), "scar": (232, 224, 216), "blur": (.2, .6),
     "grey": (95, 107, 117), "gain": ((.88, .91, .93), (1.01, 1.07, 1.08)), "vignette": (0, .3),
-    "blur": (.2, .6), "noise": (2, 6), "hairs": (0, 5), "bubbles": (0, 3), "radius": (28, 40),
-    "ragged": (.03, .12), "mesh": (6.5, 9), "ink": (.8, 1.2), "width": 1., "shift": 6}
+    "noise": (2, 6), "hairs": 5, "bubbles": 3, "radius": (28, 40), "ragged": (.03, .12),
+    "mesh": (6.5, 9), "ink": (.8, 1.2), "width": 1., "shift": 6}
 META = (
     "case_num,diagnosis,seven_point_score,pigment_network,streaks,pigmentation,"
     "regression_structures,dots_and_globules,blue_whitish_veil,vascular_structures,"
@@ -29,7 +29,7 @@ VESSELS = {  # how many, length (pixels), bend and wobble (radians), width (pixe
 
 def soft(field, sharpness):
     """0..1: the logistic function of field * sharpness."""
-    return 1 / (1 + np.exp(-np.clip(field * sharpness, -30, 30)))
+    return 1 / (1 + np.exp(-sharpness * field))
 
 
 def noise(rng, cells):
@@ -43,29 +43,24 @@ def curve(rng, start, angle, length, bend=0., wobble=0.):
     turns = bend * soft(np.linspace(-.5, .5, 10), 9) + angle
     turns = turns + wobble * rng.standard_normal(10).cumsum()
     moves = .1 * length * np.stack([np.cos(turns), np.sin(turns)], 1)
-    return np.vstack([start, start + moves.cumsum(0)])
+    return start + np.vstack([np.zeros(2), moves.cumsum(0)])
 
 
-def coverage(strokes):
-    """How far [(points (n, 2), width), ...] in pixels cover each pixel, (SIZE, SIZE) in 0..1."""
+def coverage(strokes, scale=1.):
+    """0..1, how far [(a dot (2,) or a line (n, 2), width), ...] cover each pixel (SIZE, SIZE)."""
     canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
     pen = ImageDraw.Draw(canvas)
     for points, width in strokes:
-        points = 2 * np.atleast_2d(points)
-        if len(points) == 1:
-            pen.ellipse([*(points[0] - width), *(points[0] + width)], fill=255)
+        points, width = 2 * points, width * scale
+        if points.ndim == 1:
+            pen.ellipse([*(points - width), *(points + width)], 255)
         else:
-            pen.line([tuple(p) for p in points], 255, max(1, round(2 * width)), "curve")
+            pen.line(points.ravel().tolist(), 255, max(1, round(2 * width)), "curve")
     return np.asarray(canvas.reduce(2), np.float32) / 255
 
 
-def cover(rgb, alpha, colour):
-    """rgb (SIZE, SIZE, 3) under a colour of opacity alpha (SIZE, SIZE)."""
-    return rgb + np.clip(alpha, 0, 1)[..., None] * (np.array(colour) - rgb)
-
-
 class Lesion:
-    """The outline of one lesion, which knows its places; `mask` and `inside` are (SIZE, SIZE)."""
+    """One lesion: an outline, the places in it, and its signs, drawn with one rng and style."""
 
     def __init__(self, rng, style):
         self.rng, self.style = rng, style
@@ -91,82 +86,67 @@ class Lesion:
         far = np.hypot(X - spot[0], Y - spot[1]) / (size * self.radius)
         return soft(1 - far + rough * noise(self.rng, cells), 6) * self.mask
 
+    def marks(self, labels):
+        """How far streaks and dots cover each pixel: even, all round, or uneven, on one side."""
+        uniform, place, strokes = self.rng.uniform, self.place, []
+        first, even = uniform(0, 2 * np.pi), labels["streaks"] == "regular"
+        for k in range({"absent": 0, "regular": 22, "irregular": 11}[labels["streaks"]]):
+            angle = first + (k * np.pi / 11 if even else uniform(0, 2.2))
+            tip = place(angle, 1.22 if even else uniform(1.1, 1.45))
+            stem = np.stack([place(angle, .85), tip])
+            strokes += [(stem, 1.1 if even else uniform(.8, 2.2)), (tip, 1.5 if even else .4)]
+        first, even = uniform(0, 2 * np.pi), labels["dots_and_globules"] == "regular"
+        for k in range({"absent": 0, "regular": 26, "irregular": 20}[labels["dots_and_globules"]]):
+            angle = first + (2.4 * k if even else self.rng.normal(0, .55))  # 2.4: a sunflower
+            far = .8 * np.sqrt((k + .5) / 26) if even else uniform(.15, .95)
+            strokes.append((place(angle, far), 1.45 if even else uniform(.8, 3.2)))
+        return coverage(strokes, self.style["width"])
 
-def network(lesion, odd):
-    """Honeycomb (SIZE, SIZE): an even mesh, or (`odd`) a warped, broken, uneven one."""
-    rng = lesion.rng
-    x, y = (c + (2.2 if odd else .3) * noise(rng, 8) for c in (X, Y))
-    turn, pitch = rng.uniform(0, np.pi / 3), 7.2 / rng.uniform(*lesion.style["mesh"])
-    waves = [np.cos(pitch * (x * np.cos(turn + k) + y * np.sin(turn + k)))
-             for k in (0, 2 * np.pi / 3, 4 * np.pi / 3)]
-    lines = soft(-sum(waves) - (.5 * noise(rng, 6) if odd else .25), 4)
-    return 1.7 * lines * soft(noise(rng, 5) - .1, 5) if odd else lines
+    def vessels(self, kind, scar):
+        """How far the vessels of one expression cover each pixel; `scar`: where regression is."""
+        rng, strokes = self.rng, []
+        count, length, bend, wobble, width = VESSELS[kind]
+        for k in range(count):
+            around, angle, far = *rng.uniform(0, 2 * np.pi, 2), .85 * np.sqrt(rng.uniform())
+            around, angle, far = {
+                "wreath": (k * np.pi / 9, k * np.pi / 9 + 1, .82),
+                "arborizing": (around, around + np.pi, .95)}.get(kind, (around, angle, far))
+            inside = kind == "within regression"
+            start = scar + rng.normal(0, 5, 2) if inside else self.place(around, far)
+            uneven = rng.uniform(.5, 1.5) if kind == "linear irregular" else 1
+            line = curve(rng, start, angle, length * uneven, bend * rng.choice([-1, 1]), wobble)
+            strokes.append((line if length else start, width * uneven))
+        for fork in (4, 4, 6, 6, 8, 8, 10) if kind == "arborizing" else ():
+            side = angle + rng.choice([-1, 1]) * rng.uniform(.5, 1.1)
+            twig = curve(rng, line[fork], side, 16, 0, .2)
+            strokes += [(twig, 1.5), (curve(rng, twig[5], rng.uniform(0, 6.3), 9), 1)]
+        return coverage(strokes, self.style["width"])
 
-
-def marks(lesion, streaks, dots):
-    """Streaks and dots as strokes: even and all round, or uneven and on one side."""
-    rng, place, strokes = lesion.rng, lesion.place, []
-    first, even = rng.uniform(0, 2 * np.pi), streaks == "regular"
-    for k in range({"absent": 0, "regular": 22, "irregular": 11}[streaks]):
-        angle = first + (k * np.pi / 11 if even else rng.uniform(0, 2.2))
-        tip = place(angle, 1.22 if even else rng.uniform(1.1, 1.45))
-        strokes.append((np.stack([place(angle, .85), tip]), 1.1 if even else rng.uniform(.8, 2.2)))
-        strokes.append((tip, 1.5 if even else .4))
-    first = rng.uniform(0, 2 * np.pi)
-    if dots == "regular":  # a sunflower's spiral
-        strokes += [(place(first + 2.4 * k, .8 * np.sqrt((k + .5) / 26)), 1.45) for k in range(26)]
-    elif dots == "irregular":
-        strokes += [(place(first + rng.normal(0, .55), rng.uniform(.15, .95)),
-                     rng.uniform(.8, 3.2)) for _ in range(20)]
-    return [(points, width * lesion.style["width"]) for points, width in strokes]
-
-
-def vessels(lesion, kind, scar):
-    """The vessels of one expression as strokes; `scar` is where the regression is."""
-    rng, width, strokes = lesion.rng, lesion.style["width"], []
-    count, length, bend, wobble, thick = VESSELS[kind]
-    for k in range(count):
-        around, angle = rng.uniform(0, 2 * np.pi, 2)
-        start = lesion.place(around, .85 * np.sqrt(rng.uniform()))
-        if kind == "within regression":
-            start = scar + rng.normal(0, 5, 2)
-        elif kind == "wreath":
-            start, angle = lesion.place(k * np.pi / 9, .82), k * np.pi / 9 + 1
-        elif kind == "arborizing":
-            start, angle = lesion.place(around, .95), around + np.pi
-        uneven = rng.uniform(.5, 1.5) if kind == "linear irregular" else 1
-        line = curve(rng, start, angle, length * uneven, bend * rng.choice([-1, 1]), wobble)
-        strokes.append((line if length else start, thick * uneven * width))
-    for fork in (4, 4, 6, 6, 8, 8, 10) if kind == "arborizing" else ():
-        side = angle + rng.choice([-1, 1]) * rng.uniform(.5, 1.1)
-        twig = curve(rng, line[fork], side, 16, 0, .2)
-        strokes += [(twig, 1.5 * width), (curve(rng, twig[5], rng.uniform(0, 6.3), 9), width)]
-    return strokes
-
-
-def melanin(lesion, labels, corner):
-    """Optical depth (SIZE, SIZE) of the ground, pigmentation, network, streaks and dots."""
-    rng, style, mask = lesion.rng, lesion.style, lesion.mask
-    depth = mask * (rng.uniform(*style["base"]) + .04 * noise(rng, 6))
-    ink = rng.uniform(*style["ink"])
-    pigment = {
-        "absent": 0 * mask, "diffuse regular": .65 * mask,
-        "diffuse irregular": mask * soft(noise(rng, 5), 5),
-        "localized regular": 1.1 * lesion.patch(lesion.centre, .42, rough=0),
-        "localized irregular": 1.2 * lesion.patch(corner, .42, 9, .6)}[labels["pigmentation"]]
-    if labels["pigment_network"] != "absent":
-        mesh = network(lesion, labels["pigment_network"] == "atypical")
-        pigment = pigment + .75 * soft(lesion.inside - 2, .5) * mesh
-    strokes = marks(lesion, labels["streaks"], labels["dots_and_globules"])
-    return depth + ink * (pigment + 1.3 * coverage(strokes))
+    def melanin(self, labels, corner):
+        """Optical depth (SIZE, SIZE) of the ground, pigmentation, network, streaks and dots."""
+        rng, mask = self.rng, self.mask
+        depth = mask * (rng.uniform(*self.style["base"]) + .04 * noise(rng, 6))
+        ink = rng.uniform(*self.style["ink"])
+        pigment = {
+            "absent": 0 * mask, "diffuse regular": .65 * mask,
+            "diffuse irregular": mask * soft(noise(rng, 5), 5),
+            "localized regular": 1.1 * self.patch(self.centre, .42, rough=0),
+            "localized irregular": 1.2 * self.patch(corner, .42, 9, .6)}[labels["pigmentation"]]
+        if labels["pigment_network"] != "absent":  # a honeycomb; atypical: warped, broken, uneven
+            odd = labels["pigment_network"] == "atypical"
+            x, y = (c + (2.2 if odd else .3) * noise(rng, 8) for c in (X, Y))
+            turns = rng.uniform(0, np.pi / 3) + np.array([0, 2, 4]) * np.pi / 3
+            pitch = 7.2 / rng.uniform(*self.style["mesh"])
+            waves = sum(np.cos(pitch * (x * np.cos(turn) + y * np.sin(turn))) for turn in turns)
+            lines = soft(-waves - (.5 * noise(rng, 6) if odd else .25), 4)
+            mesh = 1.7 * lines * soft(noise(rng, 5) - .1, 5) if odd else lines
+            pigment = pigment + .75 * soft(self.inside - 2, .5) * mesh
+        return depth + ink * (pigment + 1.3 * self.marks(labels))
 
 
-def optics(rgb, rng, style):
-    """PIL image of rgb (SIZE, SIZE, 3) with what no label names: hairs, bubbles, light, noise."""
-    for _ in range(rng.integers(*style["hairs"], endpoint=True)):
-        hair = curve(rng, rng.uniform(0, SIZE, 2), rng.uniform(0, 2 * np.pi), 80, .6)
-        rgb = rgb * (1 - .7 * coverage([(hair, .6)])[..., None])
-    for _ in range(rng.integers(*style["bubbles"], endpoint=True)):
+def photograph(rgb, rng, style):
+    """PIL image of rgb (SIZE, SIZE, 3) with what no label names: bubbles, light, blur, noise."""
+    for _ in range(rng.integers(style["bubbles"] + 1)):
         left, top, size = rng.uniform((0, 0, 2), (SIZE, SIZE, 5))
         rgb = rgb + 45 * np.exp(-(np.hypot(X - left, Y - top) - size) ** 2)[..., None]
     shade = rng.uniform(*style["vignette"]) * np.hypot(X - SIZE / 2, Y - SIZE / 2) ** 2 / 48 ** 2
@@ -179,44 +159,50 @@ def optics(rgb, rng, style):
 
 def draw_phantom(labels, rng, style=STYLE):
     """One synthetic lesion (PIL image, SIZE x SIZE) that shows `labels` {criterion: expression}."""
-    lesion = Lesion(rng, style)
+    lesion, layers = Lesion(rng, style), []
     scar, pepper, veil, corner = (lesion.place(rng.uniform(0, 2 * np.pi), rng.uniform(*far))
                                   for far in ((.25, .5), (.25, .5), (.25, .5), (.6, .7)))
-    depth = melanin(lesion, labels, corner)
+    depth = lesion.melanin(labels, corner)
     skin = np.array(style["skin"][0]) + rng.uniform() * np.subtract(*style["skin"][::-1])
     rgb = (skin + 4 * noise(rng, 8)[..., None]) * np.exp(-depth[..., None] * style["melanin"])
-    # What lies above the pigment: regression, veil, vessels.
+    # What lies above the pigment: regression, veil, vessels, hairs.
     if labels["regression_structures"] in ("white areas", "combinations"):
-        rgb = cover(rgb, .8 * lesion.patch(scar, .45), style["scar"])
+        layers.append((.8 * lesion.patch(scar, .45), style["scar"]))
     if labels["regression_structures"] in ("blue areas", "combinations"):
-        alpha = lesion.patch(pepper, .45) * (.3 + .6 * soft(noise(rng, 40) - .4, 4))
-        rgb = cover(rgb, alpha, style["grey"])
+        dust = lesion.patch(pepper, .45) * (.3 + .6 * soft(noise(rng, 40) - .4, 4))
+        layers.append((dust, style["grey"]))
     if labels["blue_whitish_veil"] == "present":
-        rgb = cover(rgb, .75 * lesion.patch(veil, .6, 4), style["veil"])
+        layers.append((.75 * lesion.patch(veil, .6, 4), style["veil"]))
     kind = labels["vascular_structures"]
     if kind == "within regression":
-        rgb = cover(rgb, .5 * lesion.patch(scar, .4), np.array(style["scar"]) - (0, 25, 25))
-    rgb = cover(rgb, .85 * coverage(vessels(lesion, kind, scar)), style["blood"])
-    return optics(rgb, rng, style)
+        layers.append((.5 * lesion.patch(scar, .4), np.array(style["scar"]) - (0, 25, 25)))
+    layers.append((.85 * lesion.vessels(kind, scar), style["blood"]))
+    for _ in range(rng.integers(style["hairs"] + 1)):
+        hair = curve(rng, rng.uniform(0, SIZE, 2), rng.uniform(0, 2 * np.pi), 80, .6)
+        layers.append((.7 * coverage([(hair, .6)]), (0, 0, 0)))
+    for alpha, colour in layers:
+        rgb = rgb + np.clip(alpha, 0, 1)[..., None] * (np.array(colour) - rgb)
+    return photograph(rgb, rng, style)
 
 
 def draw_labels(criteria, rng):
-    """1,011 of (split, melanoma or not, {criterion: expression}), Derm7p's counts in each split.
+    """1,011 rows {split, diagnosis, criterion: expression}, Derm7p's counts in each split.
 
     A Gaussian copula: a hidden severity orders the lesions, and each criterion follows it in part.
     """
     rows = []
-    for split, count, melanomas in ((0, 413, 90), (1, 203, 61), (2, 395, 101)):
-        severity, labels = rng.standard_normal(count), [{} for _ in range(count)]
-        for criterion, known in criteria.items():
-            pool = [e for e in known for _ in range(known[e][1 + split])]
-            pool = sorted((known[e][0], rng.uniform(), e) for e in pool)
-            order = np.argsort(.6 * severity + .8 * rng.standard_normal(count))
-            for row, (_, _, expression) in zip(order, pool, strict=True):
-                labels[row][criterion] = expression
+    for part, (split, melanomas) in enumerate({"train": 90, "valid": 61, "test": 101}.items()):
+        severity = rng.standard_normal(sum(n[1 + part] for n in criteria["streaks"].values()))
         worst = severity >= np.sort(severity)[-melanomas]
-        rows += [(split, *row) for row in zip(worst, labels, strict=True)]
-    return [rows[i] for i in rng.permutation(len(rows))]
+        table = {"diagnosis": np.where(worst, "melanoma (in situ)", "clark nevus")}
+        for criterion, known in criteria.items():
+            pool = sorted((score, rng.uniform(), e) for e, (score, *counts) in known.items()
+                          for _ in range(counts[part]))
+            rank = np.argsort(.6 * severity + .8 * rng.standard_normal(len(pool))).argsort()
+            table[criterion] = [pool[i][2] for i in rank]
+        rows += [{"split": split, **dict(zip(table, row, strict=True))}
+                 for row in zip(*table.values(), strict=True)]
+    return rng.permutation(rows)
 
 
 def write_demo_release(folder, criteria, seed=0):
@@ -225,21 +211,17 @@ def write_demo_release(folder, criteria, seed=0):
     criteria: {criterion: {expression: (score, rows in train, valid, test)}}, kept in every split
     (413, 203, 395); 252 rows are called melanoma. No patient, no medical meaning. About 9 s.
     """
-    folder, table = Path(folder), [META]
-    rows = draw_labels(criteria, np.random.default_rng(seed))
-    for i, (_, melanoma, labels) in enumerate(rows):
+    folder, tables = Path(folder), {"meta": [META]}
+    for i, row in enumerate(draw_labels(criteria, np.random.default_rng(seed))):
         path = f"P{i // 30:02d}/P{i:04d}.jpg"
         (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        picture = draw_phantom(labels, np.random.default_rng([seed, i]))
-        picture.save(folder / "images" / path, quality=92)
-        known = labels | {
-            "case_num": i + 1, "diagnosis": "melanoma (in situ)" if melanoma else "clark nevus",
-            "seven_point_score": sum(criteria[c][e][0] for c, e in labels.items()),
-            "clinic": path, "derm": path, "case_id": "", "notes": "synthetic; clinic is derm"}
-        table.append(",".join(str(known.get(column, "synthetic")) for column in META.split(",")))
-    tables = {"meta": table} | {
-        f"{name}_indexes": ["indexes", *(str(i) for i, row in enumerate(rows) if row[0] == split)]
-        for split, name in enumerate(("train", "valid", "test"))}
+        image = draw_phantom(row, np.random.default_rng([seed, i]))
+        image.save(folder / "images" / path, quality=92)
+        row |= {"case_num": i + 1, "clinic": path, "derm": path, "case_id": "",
+                "seven_point_score": sum(criteria[c][row[c]][0] for c in criteria),
+                "notes": "synthetic; clinic is derm"}
+        tables["meta"].append(",".join(str(row.get(c, "synthetic")) for c in META.split(",")))
+        tables.setdefault(f"{row['split']}_indexes", ["indexes"]).append(str(i))
     (folder / "meta").mkdir(exist_ok=True)
     for name, lines in tables.items():
         (folder / "meta" / f"{name}.csv").write_bytes("\n".join([*lines, ""]).encode())
