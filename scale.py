@@ -33,7 +33,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -313,6 +313,7 @@ def embed(backbone, images, texts, cache_file, batch=32):
         cache = load_file(cache_file) if cache_file.exists() else {}
     except SafetensorError:
         cache = {}  # damaged: computed again
+    known = len(cache)
     image_keys = [digest_file(path) for path in images]
     text_keys = [hashlib.sha256(b"text:" + text.encode()).hexdigest() for text in texts]
     for key, text in zip(text_keys, texts, strict=True):
@@ -332,7 +333,8 @@ def embed(backbone, images, texts, cache_file, batch=32):
                     replace_file(cache_file, partial(save_file, cache))
                     saved = time.monotonic()
     finally:
-        replace_file(cache_file, partial(save_file, cache))
+        if len(cache) > known:
+            replace_file(cache_file, partial(save_file, cache))
     return torch.stack([cache[k] for k in image_keys]), torch.stack([cache[k] for k in text_keys])
 
 
@@ -477,14 +479,6 @@ class Embedded:
     truth: torch.Tensor      # (N, H) bool
     taxonomy: Taxonomy
     logit_scale: float       # exp of the checkpoint's logit_scale, frozen (# Choice)
-
-
-def to_device(record, device):
-    """A dataclass with its tensors, and those of dataclasses inside it, on a device."""
-    values = {f.name: getattr(record, f.name) for f in fields(record)}
-    moved = {name: to_device(value, device) if is_dataclass(value) else value.to(device)
-             for name, value in values.items() if is_dataclass(value) or torch.is_tensor(value)}
-    return replace(record, **moved)
 
 
 def fit_zeroshot(data, rows, config, generator, log):
@@ -747,10 +741,12 @@ def embed_dataset(config):
     origin = {"backbone": name, "checkpoint_sha256": checkpoint, "device": str(device),
               "data_sha256": hashlib.sha256(content).hexdigest(), "torch": torch.__version__,
               "code_sha256": hashlib.sha256(code).hexdigest()}
+    with torch.device(device):
+        taxonomy = make_taxonomy(spec)
     h = len(prompts)
-    data = Embedded(images, texts[:h], texts[h], texts[h + 1:], samples.truth, samples.taxonomy,
-                    backbone.logit_scale)
-    return to_device(data, device), samples, origin
+    tensors = (images, texts[:h], texts[h], texts[h + 1:], samples.truth)
+    data = Embedded(*(x.to(device) for x in tensors), taxonomy, backbone.logit_scale)
+    return data, samples, origin
 
 
 def run(config):
