@@ -128,14 +128,14 @@ def prepare_derm7p(raw, folder, backbone="monet", note=""):
     samples = []
     for n, (row, split) in enumerate(zip(rows, splits, strict=True)):
         where = f"{raw / 'meta' / 'meta.csv'} line {n + 2}"
-        image = found.get(row["derm"].lower())
+        image = found.get((row["derm"] or "").lower())
         if image is None:
             raise InputError(f"{where}: no image {row['derm']} in {root}; unpack the zip again.")
         labels = ";".join(derm7p_labels(row, where))
         # Choice: the dermoscopic image, not the clinical one.
         samples.append([image.relative_to(root).as_posix(), "", labels, split, row["case_num"]])
-    inside = root.is_relative_to(folder.resolve())
-    root = root.relative_to(folder.resolve()) if inside else root
+    if root.is_relative_to(folder.resolve()):
+        root = root.relative_to(folder.resolve())
     write_prepared(folder, derm7p_taxonomy(root, backbone, note), samples)
     return samples
 

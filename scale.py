@@ -46,7 +46,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kernels.supcon import product_supcon_loss, supcon_loss
+from kernels.supcon import product_supcon_loss, supcon_loss, supcon_reference
 from weights import InputError
 from weights.clip import load_clip
 
@@ -97,9 +97,9 @@ def parse(argv):
     number = r"\s*[\d.]+(e-?\d+)?\s*"
     for name, fits, wanted in (
             ("frac", 0 < config.frac <= 1, "in (0, 1]: 0.05 for 5% of the training images"),
-            ("alpha", 0 < config.alpha < 1, "in (0, 1)"), ("lr", config.lr > 0, "above 0"),
-            ("temperature", config.temperature > 0, "above 0"),
-            ("epochs", config.epochs > 0, "at least 1"), ("width", config.width > 0, "at least 1"),
+            ("alpha", 0 < config.alpha < 1, "in (0, 1)"),
+            *((name, getattr(config, name) > 0, "above 0") for name in
+              ("lr", "temperature", "epochs", "width")),
             ("rows", config.rows in ("unit", "raw"), "unit or raw"),
             ("lambdas", re.fullmatch(f"({number},){{3}}{number}", config.lambdas), "four numbers")):
         if not fits:
@@ -258,15 +258,11 @@ def stratified_subset(truth, fraction, generator):
 
 # ---- 4. Frozen embeddings, computed once, cached by content --------------------------------------
 def load_backbone(name_or_folder, device="cpu"):
-    """Frozen encoder from weights/<name>/ or a folder.
-
-    Returns an object with encode_image(pixels (N, 3, H, W)) -> (N, D), encode_text(list of str) ->
-    (N, D), preprocess(PIL image) -> (3, H, W) and logit_scale (float), all float32, no gradients.
+    """Frozen encoder of weights/<name>/ or a folder: encode_image(pixels (N, 3, H, W)) -> (N, D),
+    encode_text(list of str) -> (N, D), preprocess(PIL image) -> (3, H, W), logit_scale; float32.
     """
     folder = HERE / "weights" / name_or_folder
-    if not folder.is_dir():
-        folder = Path(name_or_folder)
-    return load_clip(folder).to(device)
+    return load_clip(folder if folder.is_dir() else name_or_folder).to(device)
 
 
 def progress(items, total, label):
@@ -393,21 +389,6 @@ def cross_entropy(z, truth, level, scale):
     return (log_sum.sum() - (logits * truth).sum()) / log_sum.numel()
 
 
-def supcon(features, labels, temperature):
-    """Eq. 2 as written: the mean over the anchors that have a positive; others contribute 0.
-
-    features (..., N, D), labels (..., N); leading dimensions are independent problems -> (...).
-    """
-    logits = features @ features.mT / temperature  # (..., N, N)
-    itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    positive = (labels[..., None] == labels[..., None, :]) & ~itself
-    count = positive.sum(-1)
-    log_sum = logits.masked_fill(itself, -math.inf).logsumexp(-1)
-    mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
-    losses = torch.where(count > 0, log_sum - mean_positive, 0)
-    return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
-
-
 def supcon_of_rows(z, truth, level, temperature, unit):
     """L_SupCon(G, Q), Eq. 2: anchors are the rows of Q, positives share the combination.
 
@@ -420,7 +401,7 @@ def supcon_of_rows(z, truth, level, temperature, unit):
     rows = F.normalize(rows, dim=-1) if unit else rows  # Choice: raw rows grow with N
     labels = (truth & own).int().argmax(-1)  # (T, N)
     if len(z) <= 512:  # one dense batch of small problems is faster than T calls
-        return supcon(rows, labels, temperature).mean()
+        return supcon_reference(rows, labels, temperature).mean()
     losses = [supcon_loss(*task, temperature) for task in zip(rows, labels, strict=True)]
     return torch.stack(losses).mean()
 
@@ -560,8 +541,7 @@ def area_under_curve(score, truth):
     score (N,) any real numbers, truth (N,) bool.
     """
     negative, positive = score[~truth].sort().values, score[truth]
-    below = torch.searchsorted(negative, positive) + torch.searchsorted(negative, positive,
-                                                                        right=True)
+    below = sum(torch.searchsorted(negative, positive, right=ties) for ties in (False, True))
     return (below.double().mean() / (2 * len(negative))).item()
 
 
@@ -657,13 +637,11 @@ def run_once(config, data, samples, origin):
 def check_subset(truth, taxonomy, config):
     """Refuse to train where a class has no image."""
     klass = taxonomy.klass
-    for name, own, shown in zip(klass.names, klass.own.T, at_level(truth, klass).any(0),
-                                strict=True):
-        if not shown:
-            task = taxonomy.tasks[own.int().argmax()]["name"]
-            raise InputError(f"class {name!r} of {task!r} has no image among the {len(truth)} "
-                             f"training images of seed {config.seed} at --frac {config.frac:g}: "
-                             "give a larger --frac.")
+    missing = (~at_level(truth, klass).any(0)).nonzero().flatten().tolist()
+    if missing:
+        task = taxonomy.tasks[klass.own[:, missing[0]].int().argmax()]["name"]
+        raise InputError(f"class {klass.names[missing[0]]!r} of {task!r} has no image among the "
+                         f"{len(truth)} training images of seed {config.seed}: raise --frac.")
 
 
 def write_run(folder, settings, log, state, metrics, samples, test, margins):
@@ -758,11 +736,11 @@ def run(config):
     data, samples, origin = embed_dataset(config)
     torch.set_num_threads(1)  # Choice: small matrices; a second thread makes them slower
     splits = config.splits or (1 if config.frac == 1 else 5)
-    jobs = [(name, config.seed + split) for name in names for split in range(splits)]
+    jobs = [replace(config, method=name, seed=config.seed + split, splits=1)
+            for name in names for split in range(splits)]
     results = {name: [] for name in names}
-    for name, seed in progress(jobs, len(jobs), "run"):
-        one = replace(config, method=name, seed=seed, splits=1)
-        results[name].append(run_once(one, data, samples, origin))
+    for job in progress(jobs, len(jobs), "run"):
+        results[job.method].append(run_once(job, data, samples, origin))
     m = results[names[0]][0]
     print(f"\n{config.dataset}: {m['n_train']} training images ({config.frac:.0%}), {m['n_test']} "
           f"test images, {splits} split(s), backbone {origin['backbone']}; runs in {config.out}/\n"

@@ -38,14 +38,14 @@ except ImportError:  # no Triton on this platform: torch tiles do everything
 
 # ---- 1. The formula in plain torch: reference and yardstick ----
 def supcon_reference(features, labels, temperature=0.07):
-    """Mean SupCon loss by dense (N, N) matrices and autograd."""
-    itself = torch.eye(len(features), dtype=torch.bool, device=features.device)
-    logits = (features @ features.T / temperature).masked_fill(itself, -math.inf)
-    positive = (labels[:, None] == labels) & ~itself
-    count = positive.sum(1)
-    mean_positive = torch.where(positive, logits, 0).sum(1) / count.clamp(min=1)
-    losses = torch.where(count > 0, logits.logsumexp(1) - mean_positive, 0)
-    return losses.sum() / (count > 0).sum().clamp(min=1)
+    """Mean SupCon loss by dense matrices and autograd: (..., N, D), (..., N) -> (...)."""
+    itself = torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
+    logits = (features @ features.mT / temperature).masked_fill(itself, -math.inf)
+    positive = (labels[..., None] == labels[..., None, :]) & ~itself
+    count = positive.sum(-1)
+    mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
+    losses = torch.where(count > 0, logits.logsumexp(-1) - mean_positive, 0)
+    return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
 
 
 # ---- 2. One tile of R rows and C columns, in torch ----
