@@ -1,7 +1,6 @@
 """Turn a raw release, as downloaded, into a prepared folder that scale.py reads.
 
     python data_prep.py derm7p RAW      # RAW: the unpacked release_v0 of Derm7pt
-    python data_prep.py demo            # synthetic phantoms in the same layout (scale.py does this)
     python data_prep.py weights monet   # says which files of a checkpoint belong where
 
 A prepared folder <data>/<name>/ holds two files; the images stay where they are:
@@ -186,17 +185,13 @@ def main(argv=None):
     """Exit code 0, or 2 with one sentence for the user's mistakes."""
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("derm7p", "demo"):
-        command = commands.add_parser(name)
-        command.add_argument("--data", default="data", type=Path, help="where to write [data]")
-        if name != "demo":
-            command.add_argument("raw", type=Path, help="folder of the release as downloaded")
+    derm7p = commands.add_parser("derm7p")
+    derm7p.add_argument("raw", type=Path, help="folder of the release as downloaded")
+    derm7p.add_argument("--data", default="data", type=Path, help="where to write [data]")
     commands.add_parser("weights").add_argument("name", choices=SOURCES)
     args = parser.parse_args(argv)
     try:
-        if args.command == "demo":
-            prepare_demo(args.data)
-        elif args.command == "weights":
+        if args.command == "weights":
             print("download model.safetensors, config.json, preprocessor_config.json, vocab.json "
                   f"and merges.txt of {SOURCES[args.name]} into weights/{args.name}/")
         else:

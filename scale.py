@@ -1,13 +1,13 @@
 """SCALE: supervised contrastive adapters that tell a frozen medical vision-language model not only
 the class (nevus, melanoma) but the concept that justifies it (diffuse irregular pigmentation).
 
-Reference implementation of Engelson, Ehrhardt, Handels, "SCALE", SPIE Medical Imaging 2026.
+Reference implementation of Engelson, Ehrhardt, Handels, SPIE Medical Imaging 2026 (README).
 
     python scale.py --dataset demo --frac 0.05        # synthetic phantoms, one minute, no download
     python scale.py --dataset derm7p --frac 0.05      # after data_prep.py; MONET in weights/monet
 
-The file reads in the order in which data flow; `grep -n '^# ----' scale.py` prints its contents.
-`grep -n '# Choice' *.py */*.py` prints every decision that the paper leaves open.
+The file reads in the order in which data flow. `grep -n '^# ----' scale.py` prints its contents,
+`grep -n Choice *.py` every decision that the paper leaves open.
 
 Glossary: name in the code, symbol in the paper, shape
     image_features   f_image   (N, D)   frozen, unit length, one row an image
@@ -174,10 +174,7 @@ class Samples:
 
 
 def read_samples(folder, criterion=""):
-    """Read taxonomy.json and samples.csv; InputError names the row of a wrong label or split.
-
-    criterion: keep the labels and combinations of this task alone.
-    """
+    """Samples of a prepared folder (of one task: `criterion`); InputError names the wrong row."""
     path = folder / "taxonomy.json"
     try:
         taxonomy = make_taxonomy(json.loads(path.read_text(encoding="utf-8")))
@@ -190,12 +187,12 @@ def read_samples(folder, criterion=""):
             ) as error:
         found = str(error) if type(error) is ValueError else repr(error)
         raise InputError(f"{path}: {found}; see README, Data, or run data_prep.py again.") from None
-    for a, b in (("train", "test"), ("test", "train")):
-        patients = {row.get("patient") for row in rows if row["split"] == a} - {None, ""}
-        shared = patients & {row.get("patient") for row in rows if row["split"] == b}
-        if shared or a not in split:
-            raise InputError(f"{path}: patient {min(shared)} is in train and in test." if shared
-                             else f"{path} has no row with split {a}: prepare the folder again.")
+    train, test = ({row.get("patient") for row in rows if row["split"] == part}
+                   for part in ("train", "test"))
+    if not (train and test):
+        raise InputError(f"{path} has no row with split {'test' if train else 'train'}.")
+    if shared := (train & test) - {None, ""}:
+        raise InputError(f"{path}: patient {min(shared)} is in train and in test.")
     texts = [row["text"] for row in rows if row.get("text")]
     if len(texts) not in (0, len(rows)):
         raise InputError(f"{path} has a text in {len(texts)} of {len(rows)} rows: in all or none.")
@@ -237,11 +234,9 @@ def stratified_subset(truth, fraction, generator):
     truth (N, K) bool. The rarest label is dealt out first, each row to the side that still wants
     more of that label.  # Choice: sklearn's stratification refuses labels with one member.
     """
-    labels = truth.numpy()
-    n = len(labels)
-    sides = np.array([fraction, 1 - fraction])
-    wanted = labels.sum(0) * sides[:, None]  # (2, K)
-    room = np.array([round(fraction * n), n - round(fraction * n)])
+    labels, n = truth.numpy(), len(truth)
+    wanted = labels.sum(0) * np.array([[fraction], [1 - fraction]])  # (2, K)
+    room = [round(fraction * n), n - round(fraction * n)]
     chosen = np.full(n, -1)
     order = torch.randperm(n, generator=generator).numpy()
     while (chosen < 0).any():
@@ -279,31 +274,28 @@ def progress(items, total, label):
 
 
 def replace_file(path, write):
-    """Call write(temporary path), then rename: a file under its final name is always whole."""
+    """Call write(temporary path), then rename: a file under its final name is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    write(unfinished)
+    write(unfinished := path.with_name(f".{path.name}.{os.getpid()}"))
     os.replace(unfinished, path)
 
 
 def open_image(path):
     """Decode an image completely; InputError names a missing, truncated or foreign file."""
     try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            image.load()
-            return image
+        image = Image.open(io.BytesIO(path.read_bytes()))
+        image.load()
+        return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as an image ({error}): restore the file or remove "
-                         "its row from samples.csv.") from None
+        raise InputError(f"{path} is no whole image ({error}): restore it, or drop its row from "
+                         "samples.csv.") from None
 
 
 def embed(backbone, images, texts, cache_file, batch=32):
     """Unit features (N, D) of image files and (M, D) of texts, through a cache keyed by content.
 
-    cache_file belongs to one checkpoint; inside, a feature's name is the sha256 of the image file
-    or text, so that renamed, added or changed files cost only what is new. It is saved every 20 s
-    and at the end, also after an error: the next run goes on where this one stopped, in the same
-    batches, hence to the same bits.
+    cache_file belongs to one checkpoint and names a feature by the sha256 of its image file or
+    text. It is saved every 20 s and after an error: the next run goes on in the same batches.
     """
     try:
         cache = load_file(cache_file) if cache_file.exists() else {}
@@ -350,8 +342,7 @@ def digest_file(path):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): check samples.csv and the "
-                         "root in taxonomy.json.") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): see README, Data.") from None
 
 
 # ---- 5. Adapters (Sec. 2.1, Eq. 1) ---------------------------------------------------------------
@@ -451,7 +442,7 @@ def scale_loss(z, truth, taxonomy, logit_scale, temperature, lambdas, unit=True,
 # ---- 7. Methods: fit(data, rows, config, generator, log) -> (predict, state) ---------------------
 @dataclass(frozen=True)
 class Embedded:
-    """All that a method may see; `rows` tells it which images are its training subset."""
+    """All that a method may see."""
 
     images: torch.Tensor     # (N, D) unit length
     texts: torch.Tensor      # (H, D) unit length, one prompt a combination
@@ -521,12 +512,11 @@ def fit_linear(data, rows, config, generator, log, weighted=False):
     weight = ((len(truth) - count) / count).where(count > 0, 1.0) if weighted else None
     optimizer = torch.optim.Adam(probe.parameters(), lr=config.lr, fused=True)
     for epoch in range(config.epochs):
-        start = time.perf_counter()
         loss = F.binary_cross_entropy_with_logits(probe(images), truth, pos_weight=weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        log.append({"epoch": epoch, "loss": loss.item(), "seconds": time.perf_counter() - start})
+        log.append({"epoch": epoch, "loss": loss.item()})
     return probe, probe.state_dict()
 
 
@@ -548,15 +538,13 @@ def area_under_curve(score, truth):
 def score_task(margins, truth, exclusive, only=None):
     """Accuracy, macro recall, macro F1, AUC of one task at one level, each in [0, 1] or nan.
 
-    margins, truth (N, K). Exclusive: arg-max decides; else margin > 0, that is a two-prompt
-    probability above 0.5. Choice: macro means run over the columns that the test set shows; one
-    without support still costs precision elsewhere when it is predicted. AUC: mean over columns,
-    or that of column `only`, of the margin to "No finding."; auc_pair: of the margin to the best
-    other column, since nothing trains "No finding." where labels exclude one another (Choice).
+    margins, truth (N, K). Exclusive: arg-max decides; else margin > 0, a two-prompt probability
+    above 0.5. Choice: macro means run over the columns that the test set shows; predicting another
+    still costs recall. AUC: mean over columns, or that of column `only`, of the margin to "No
+    finding."; auc_pair: of that to the best other column, as nothing trains "No finding." here.
     """
     decided = F.one_hot(margins.argmax(1), truth.shape[1]).bool() if exclusive else margins > 0
     hits, shown = (decided & truth).sum(0), truth.sum(0)
-    present = shown > 0
     f1 = 2 * hits / (decided.sum(0) + shown).clamp(min=1)
     # Choice: plain accuracy (per binary label where labels do not exclude one another).
     accuracy = (decided & truth).any(1) if exclusive else decided == truth
@@ -568,8 +556,8 @@ def score_task(margins, truth, exclusive, only=None):
     areas = {name: mean_of(area_under_curve(score[:, k], truth[:, k]) for k in ranked)
              for name, score in scores.items()}
     return {"accuracy": accuracy.double().mean().item(),
-            "recall": (hits / shown)[present].double().mean().item(),
-            "f1": f1[present].double().mean().item(), **areas}
+            "recall": (hits / shown)[shown > 0].double().mean().item(),
+            "f1": f1[shown > 0].double().mean().item(), **areas}
 
 
 def mean_of(values):
@@ -600,19 +588,18 @@ def evaluate(margins, truth, trained, taxonomy):
 # ---- 9. Runs: one folder per method, fraction and split ------------------------------------------
 def run_name(config, backbone):
     """<dataset>-<backbone>-<method>-<frac>-s<seed>, and every other setting off its default."""
-    name = f"{Path(config.dataset).name}-{Path(backbone).name}-{config.method}"
-    name += f"-{config.frac:g}-s{config.seed}"
-    for f in fields(Config):
-        if f.metadata["named"] and getattr(config, f.name) != f.default:
-            name += f"-{f.name}={getattr(config, f.name)}"
+    changed = [f"{f.name}={getattr(config, f.name)}" for f in fields(Config)
+               if f.metadata["named"] and getattr(config, f.name) != f.default]
+    name = "-".join([Path(config.dataset).name, Path(backbone).name, config.method,
+                     f"{config.frac:g}", f"s{config.seed}", *changed])
     return "".join(c if c.isalnum() or c in ".,=_-" else "_" for c in name)
 
 
 def run_once(config, data, samples, origin):
     """Train and evaluate one method on one split; return what metrics.json holds.
 
-    origin: backbone, hashes of checkpoint, embeddings and code. It goes into config.json, and a
-    run whose config.json is the same to the byte is finished: it is only read.
+    origin (backbone, hashes of checkpoint, embeddings, code) goes into config.json; a run whose
+    config.json is the same to the byte is finished and only read.
     """
     train, test = (np.flatnonzero(samples.split == part) for part in ("train", "test"))
     generator = torch.Generator().manual_seed(config.seed)
@@ -622,7 +609,8 @@ def run_once(config, data, samples, origin):
         check_subset(samples.truth[rows], samples.taxonomy, config)
     settings = json.dumps({**asdict(config), **origin, "train_rows": rows.tolist()}, indent=1)
     folder = Path(config.out) / run_name(config, origin["backbone"])
-    if not (folder.is_dir() and (folder / "config.json").read_text() == settings):
+    stored = folder / "config.json"
+    if not (stored.is_file() and stored.read_text() == settings):
         log = []
         predict, state = METHODS[config.method](data, rows, config, generator, log)
         with torch.no_grad():
@@ -703,10 +691,9 @@ def embed_dataset(config):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not to be had ({str(error).splitlines()[0]}): "
-                         "try --device cpu.") from None
-    name = config.backbone or spec.get("backbone", "monet")
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {device} is not to be had: try --device cpu.") from None
+    name = config.backbone or spec.get("backbone") or "monet"
     backbone = load_backbone(name, device)
     checkpoint = digest_file(backbone.path)
     key = hashlib.sha256((checkpoint + json.dumps(backbone.describe())).encode()).hexdigest()
@@ -715,7 +702,7 @@ def embed_dataset(config):
     images, texts = embed(backbone, samples.images, [*prompts, negative, *samples.texts],
                           Path(config.out) / "cache" / f"{key[:16]}.safetensors")
     content = b"".join(t.numpy().tobytes() for t in (images, texts, samples.truth))
-    code = b"".join((HERE / name).read_bytes() for name in ("scale.py", "kernels/supcon.py"))
+    code = b"".join((HERE / file).read_bytes() for file in ("scale.py", "kernels/supcon.py"))
     origin = {"backbone": name, "checkpoint_sha256": checkpoint, "device": str(device),
               "data_sha256": hashlib.sha256(content).hexdigest(), "torch": torch.__version__,
               "code_sha256": hashlib.sha256(code).hexdigest()}
@@ -730,9 +717,8 @@ def embed_dataset(config):
 def run(config):
     """All methods on all splits of one fraction; prints the table."""
     names = list(METHODS) if config.method == "all" else config.method.split(",")
-    for name in names:
-        if name not in METHODS:
-            raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
+    for name in set(names) - METHODS.keys():
+        raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
     data, samples, origin = embed_dataset(config)
     torch.set_num_threads(1)  # Choice: small matrices; a second thread makes them slower
     splits = config.splits or (1 if config.frac == 1 else 5)

@@ -1,8 +1,7 @@
 """Frozen encoders as functions over their checkpoint's own tensors, one module a family.
 
-Here is what the families share: reading a checkpoint without copying it, and the strict check of
-its tensors' names and shapes. A medical backbone that loads by halves and still predicts is the
-worst failure, so nothing is skipped but what a named list allows.
+What they share: reading a checkpoint without copying it, and the strict check of its tensors. A
+medical backbone that loads by halves and still predicts is the worst failure.
 """
 import json
 from pathlib import Path

@@ -3,8 +3,7 @@
 Sizes, vocabulary and pixel statistics are those of the checkpoint there. Images: phantoms as
 another clinic would take them (colours, optics, scale, and rare signs are common); texts: sloppy
 sentences in the criteria's vocabulary. Like a foundation model, it then knows the words and meets
-a domain gap. All of it is synthetic, no medical meaning. Measured: 9.3 CPU minutes on one core of
-two busy ones; OMP_NUM_THREADS=1 if the others are busy.
+a domain gap. All of it is synthetic, no medical meaning. 9.3 CPU minutes with OMP_NUM_THREADS=1.
 """
 from pathlib import Path
 
@@ -76,8 +75,7 @@ def fresh_weights(shipped, pixels, generator):
 def train(model, pixels, truth, rng):
     """Train in place: a text suits each image it is true of; a head, thrown away, helps."""
     w, head = model.tensors, torch.zeros(len(COLUMNS), model.dim)
-    order = sorted(w, key=lambda name: "position" not in name)  # the norm's rounding depends on it
-    tuned = [tensor.requires_grad_() for tensor in (*map(w.get, order), head)]
+    tuned = [tensor.requires_grad_() for tensor in (*w.values(), head)]
     adam = torch.optim.AdamW(tuned, betas=(.9, .98))
     rate = OneCycleLR(adam, 1e-3, STEPS, pct_start=.02, cycle_momentum=False)
     for step in range(STEPS):
