@@ -188,12 +188,12 @@ def main(argv=None):
     derm7p = commands.add_parser("derm7p")
     derm7p.add_argument("raw", type=Path, help="folder of the release as downloaded")
     derm7p.add_argument("--data", default="data", type=Path, help="where to write [data]")
-    commands.add_parser("weights").add_argument("name", choices=SOURCES)
+    commands.add_parser("weights").add_argument("name", help="such as monet or clip")
     args = parser.parse_args(argv)
     try:
         if args.command == "weights":
-            print("download model.safetensors, config.json, preprocessor_config.json, vocab.json "
-                  f"and merges.txt of {SOURCES[args.name]} into weights/{args.name}/")
+            print("put model.safetensors, config.json, preprocessor_config.json, vocab.json and "
+                  f"merges.txt of {SOURCES.get(args.name, args.name)} into weights/{args.name}/")
         else:
             samples = prepare_derm7p(args.raw, args.data / args.command)
             print_counts(samples)

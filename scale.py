@@ -181,6 +181,8 @@ def read_samples(folder, criterion=""):
         root, path = folder / taxonomy.spec.get("root", ""), folder / "samples.csv"
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
+        if not rows:
+            raise ValueError("no rows")
         truth = torch.stack([read_row(row, n + 2, taxonomy) for n, row in enumerate(rows)])
         images, split = [root / row["image"] for row in rows], [row["split"] for row in rows]
     except (OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError, csv.Error
@@ -256,8 +258,8 @@ def load_backbone(name_or_folder, device="cpu"):
     """Frozen encoder of weights/<name>/ or a folder: encode_image(pixels (N, 3, H, W)) -> (N, D),
     encode_text(list of str) -> (N, D), preprocess(PIL image) -> (3, H, W), logit_scale; float32.
     """
-    folder = HERE / "weights" / name_or_folder
-    return load_clip(folder if folder.is_dir() else name_or_folder).to(device)
+    folders = HERE / "weights" / name_or_folder, Path(name_or_folder)
+    return load_clip(next(filter(Path.is_dir, folders), folders[0])).to(device)
 
 
 def progress(items, total, label):
@@ -678,9 +680,9 @@ def find_folder(config):
     if config.dataset == "demo":
         from data_prep import prepare_demo
         return prepare_demo(Path(config.data))
-    raise InputError(f"{Path(config.data) / config.dataset} is no prepared folder: unpack the "
-                     "release (Derm7p: release_v0.zip, on request from derm.cs.sfu.ca), then run "
-                     f"python data_prep.py {config.dataset} path/to/release.")
+    raise InputError(f"{Path(config.data) / config.dataset} is no prepared folder (README, Data): "
+                     "for Derm7p ask for release_v0.zip at derm.cs.sfu.ca, unpack it, then run "
+                     "python data_prep.py derm7p path/to/release_v0.")
 
 
 def embed_dataset(config):

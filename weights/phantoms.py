@@ -1,7 +1,6 @@
 """Dermoscopy phantoms: drawings that carry the seven criteria of Derm7p, in Derm7p's own layout.
 
-Entirely synthetic: no patient, no photograph, no medical meaning. They exist so that the whole
-method runs, and can be tested, without data that may not be redistributed.
+Entirely synthetic: no patient, no medical meaning. The method runs, and is tested, without data.
 """
 from pathlib import Path
 
