@@ -10,17 +10,14 @@ keeps five N x N matrices. Here each tile is made twice and never kept: memory O
   backward  the tile again becomes dL/dlogits of both directions, softmax minus positives in
             float32 before any rounding, so that confident positives keep their gradient in bf16.
 No atomics: the same input gives the same bits. Tiles come from Triton on a GPU (fp32 by three
-tf32 products: one costs 1e-3 of loss), else from torch. Tested: float64 loops, gradcheck, errors
-beside plain torch's; Triton in its interpreter, guarded against races and stray access, and
-compiled for sm_80, sm_90 (tensor cores, no spills). It has NOT yet run on a GPU.
+tf32 products), else from torch. Tested: float64 loops, gradcheck, errors beside plain torch's;
+Triton in its interpreter and compiled for sm_80, sm_90 (no spills). It has NOT yet run on a GPU.
 
     loss = supcon_loss(torch.nn.functional.normalize(features, dim=1), labels)
-    python supcon.py --sizes 512 4096        # benchmark; on a GPU it first checks the kernels
 """
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.linalg import vecdot
 from torch.nn.functional import normalize
@@ -32,7 +29,7 @@ except ImportError:  # no Triton on this platform: torch tiles do everything
     triton = None
 
 
-# ---- 1. The formula in plain torch: reference and yardstick ----
+# ---- 1. The formula in plain torch: reference and yardstick --------------------------------------
 def supcon_reference(features, labels, temperature=0.07):
     """Mean SupCon loss by dense matrices and autograd: (..., N, D), (..., N) -> (...)."""
     itself = torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
@@ -44,7 +41,7 @@ def supcon_reference(features, labels, temperature=0.07):
     return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
 
 
-# ---- 2. One tile of R rows and C columns, in torch ----
+# ---- 2. One tile of R rows and C columns, in torch -----------------------------------------------
 def _torch_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, cols=None):
     """(lse, positive sum, count) of the tile's rows (3, R) and of its columns (3, C).
 
@@ -66,7 +63,7 @@ def _torch_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, c
     return [torch.stack([logits.logsumexp(d), sums.sum(d), same.sum(d)]) for d in (1, 0)]
 
 
-# ---- 3. The same tile in Triton ----
+# ---- 3. The same tile in Triton ------------------------------------------------------------------
 if triton is not None:
 
     @triton.jit
@@ -132,7 +129,7 @@ def _triton_tile(a, b, a_labels, b_labels, scale, offset, symmetric, rows=None, 
     return weights if given else [_merge(rows), _merge(cols)]
 
 
-# ---- 4. All pairs, as operators that autograd and torch.compile know ----
+# ---- 4. All pairs, as operators that autograd and torch.compile know -----------------------------
 def _merge(x):
     """Statistics (lse, positive sum, count) of K sets of pairs together: (K, 3, N) -> (3, N)."""
     return torch.stack([x[:, 0].logsumexp(0), *x[:, 1:].sum(0)])
@@ -222,24 +219,7 @@ pair_statistics.register_autograd(_backward, setup_context=_save)
 pair_gradients.register_autograd(_no_second_derivative)
 
 
-# ---- 5. The losses ----
-class _Gather(torch.autograd.Function):
-    """The rows of all processes in the order of rank; gradients return to their owners."""
-
-    @staticmethod
-    def forward(ctx, local, group):
-        ctx.group, ctx.shape = group, local.shape
-        rows = local.new_empty(dist.get_world_size(group) * len(local), *local.shape[1:])
-        dist.all_gather_into_tensor(rows, local.contiguous(), group=group)
-        return rows
-
-    @staticmethod
-    def backward(ctx, grad):
-        local = grad.new_empty(ctx.shape)
-        dist.reduce_scatter_tensor(local, grad.contiguous(), group=ctx.group)
-        return local, None
-
-
+# ---- 5. The losses -------------------------------------------------------------------------------
 def _require(condition, expected, *given):
     if not condition:
         given = [f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) and x.ndim
@@ -272,7 +252,7 @@ def _anchor_losses(a, b, a_labels, b_labels, temperature, offset, impl, symmetri
 
 
 def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contrast_labels=None,
-                both=False, reduction="mean", impl="auto", group=None):
+                both=False, reduction="mean", impl="auto"):
     """Supervised contrastive loss in time N^2 D and memory block x N; returns float32.
 
     features (N, D): float32, float16 or bfloat16, any strides, normalised by the caller.
@@ -284,8 +264,6 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     reduction: "mean" over the anchors that have a positive, 0 if there are none; "sum"; or
         "none": (N,), with `both` (N + M,). An anchor without positives gives 0, no gradient.
     impl: "triton", "torch", or "auto": Triton on a GPU, tiles of torch elsewhere.
-    group: torch.distributed process group with N rows each: local rows meet the rows of all.
-        The mean over its processes, which DDP takes, is exactly the loss of one process.
     Raises ValueError for what does not fit, RuntimeError for a derivative of the gradient.
     """
     alone = contrast is None
@@ -293,27 +271,17 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
              (labels is None) == (contrast_labels is None),
              "labels, or contrast and both labels or none", labels, contrast, contrast_labels, both)
     _require(reduction in ("mean", "sum", "none"), "reduction 'mean', 'sum', 'none'", reduction)
-    rank, world = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-    first = rank * len(features)
+    others = features.detach() if alone else contrast
     if alone:
-        contrast, contrast_labels = features, labels
+        contrast_labels = labels
     elif labels is None:
-        labels = contrast_labels = torch.arange(len(features), device=features.device) + first
-    rest = (temperature, first if alone else world * len(contrast), impl)  # latter: no such column
-    if group is None:
-        others = contrast.detach() if alone else contrast
-        anchors = _anchor_losses(features, others, labels, contrast_labels, *rest, symmetric=alone)
-    else:
-        sides = (features, labels), (contrast, contrast_labels)
-        anchors = [_anchor_losses(x, _Gather.apply(y, group), g, _Gather.apply(h, group), *rest)[0]
-                   for (x, g), (y, h) in (sides, sides[::-1])[: 1 + both]]
+        labels = contrast_labels = torch.arange(len(features), device=features.device)
+    anchors = _anchor_losses(features, others, labels, contrast_labels, temperature,
+                             0 if alone else len(others), impl, symmetric=alone)  # no such column
     losses, counted = (torch.cat(x) for x in zip(*anchors[: 1 + both], strict=True))
     if reduction == "none":
         return losses
-    count = counted.sum()
-    if group is not None:
-        dist.all_reduce(count, group=group)
-    return losses.sum() * world / (count.clamp(min=1) if reduction == "mean" else 1)
+    return losses.sum() / (counted.sum().clamp(min=1) if reduction == "mean" else 1)
 
 
 def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
@@ -340,78 +308,3 @@ def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl=
             x, y = x / norm.detach(), y / norm
         (losses, counted), _ = _anchor_losses(y, x, labels, labels, temperature, 0, impl, True)
         return losses.sum() / counted.sum().clamp(min=1)
-
-
-# ---- 6. Benchmark: every figure from a process of its own, in turns ----
-CANDIDATES = {  # losses of x, y (N, D) and labels g: SupCon of x, then SCALE's two of Q = x @ y.T
-    "floor": lambda x, y, g: x.sum() + sum(  # two products of 2 N^2 D operations
-        (rows @ x.detach().T @ x.detach())[0, 0] for rows in x.detach().split(512)),
-    "plain torch": lambda x, y, g: supcon_reference(x, g),
-    "torch.compile": lambda x, y, g: torch.compile(supcon_reference, dynamic=True)(x, g),
-    "pytorch-metric-learning": lambda x, y, g: __import__(
-        "pytorch_metric_learning.losses").losses.SupConLoss(temperature=0.07)(x, g),
-    "supcon_loss": lambda x, y, g: supcon_loss(x, g),
-    "SCALE: Q, Q Q^T, Q^T Q": lambda x, y, g: (
-        supcon_reference(normalize(q := x @ y.T), g) + supcon_reference(normalize(q.T), g)),
-    "SCALE: product_supcon_loss": lambda x, y, g: (
-        product_supcon_loss(x, y, g) + product_supcon_loss(y, x, g))}
-
-
-def _measure(name, n, dim):
-    """Milliseconds of forward and backward (CPU time, on a GPU elapsed), MiB added to the peak."""
-    import resource
-    import time
-    gpu, times, peaks = torch.cuda.is_available(), [], []
-    clock = time.perf_counter if gpu else time.process_time
-    x, y = (normalize(torch.randn(n, dim, device="cuda" if gpu else "cpu")) for _ in "xy")
-    inputs = x.requires_grad_(), y.requires_grad_(), torch.arange(n, device=x.device) % 12
-    for size in (64, n, n, n):  # the first loads and compiles
-        start = clock()
-        loss = CANDIDATES[name](*(z[:size] for z in inputs))
-        torch.autograd.grad(loss, (x, y), allow_unused=True)[0][0, 0].item()  # waits for a GPU
-        times.append(clock() - start)
-        peaks.append(torch.cuda.max_memory_allocated() if gpu else
-                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    return sorted(times[1:])[1] * 1000, (peaks[-1] - peaks[0]) / 2**20
-
-
-def _check(dtype):
-    """On the GPU: is the gradient's error to float64 no worse than plain torch's in this type?"""
-    x = normalize(torch.randn(1000, 200, device="cuda")).to(dtype).requires_grad_()
-    labels = torch.arange(1000, device="cuda") % 12
-    exact, ours, plain = (torch.autograd.grad(loss(z, labels), x)[0].double() for loss, z in (
-        (supcon_reference, x.double()), (supcon_loss, x), (supcon_reference, x)))
-    ours, plain = ((g - exact).norm() / exact.norm() for g in (ours, plain))
-    assert ours <= 1.3 * plain + 1e-6, f"Triton is wrong on this GPU: {ours:.1e}, plain {plain:.1e}"
-
-
-def main():
-    """Print time and memory of forward and backward: medians of interleaved rounds."""
-    import argparse
-    from concurrent.futures import ProcessPoolExecutor
-    from statistics import median
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--dim", type=int, default=768)
-    parser.add_argument("--rounds", type=int, default=3)
-    args, spawn = parser.parse_args(), torch.multiprocessing.get_context("spawn")
-    for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() else ():
-        _check(dtype)
-    print(f"{'N':>6} {'':26} {'ms':>9} {'faster':>7} {'x floor':>8} {'MiB':>7}")
-    for n in args.sizes:
-        runs = {name: [] for name in CANDIDATES}
-        for name in list(runs) * args.rounds:
-            try:
-                with ProcessPoolExecutor(1, spawn) as child:
-                    runs[name].append(child.submit(_measure, name, n, args.dim).result())
-            except (ImportError, RuntimeError) as error:  # not installed, or out of memory
-                print(f"{name}: {error}")
-        found = {name: [median(x) for x in zip(*r, strict=True)] for name, r in runs.items() if r}
-        for name, (ms, mib) in found.items():
-            rival = found["SCALE: Q, Q Q^T, Q^T Q" if "SCALE" in name else "plain torch"][0] / ms
-            floor = ms / found["floor"][0]
-            print(f"{n:6} {name:26} {ms:9.1f} {rival:6.2f}x {floor:8.2f} {mib:7.0f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
