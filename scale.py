@@ -730,9 +730,9 @@ def run(config):
     for job in progress(jobs, len(jobs), "run"):
         results[job.method].append(run_once(job, data, samples, origin))
     m = results[names[0]][0]
-    print(f"\n{config.dataset}: {m['n_train']} training images ({config.frac:.0%}), {m['n_test']} "
-          f"test images, {splits} split(s), backbone {origin['backbone']}; runs in {config.out}/\n"
-          f"{samples.taxonomy.spec.get('note', '')}\n")
+    print((f"\n{config.dataset}: {m['n_train']} training images ({config.frac:.0%}), {m['n_test']} "
+           f"test images, {splits} split(s), backbone {origin['backbone']}; runs in {config.out}/\n"
+           f"{samples.taxonomy.spec.get('note', '')}").rstrip(), end="\n\n")
     print(format_table(results))
 
 
