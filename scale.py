@@ -63,7 +63,6 @@ def flag(default, text, named=True):
 @dataclass(frozen=True)
 class Config:
     """All settings of a run; `--some-name` on the command line sets `some_name`."""
-
     dataset: str = flag("", "demo, derm7p, or the path of a prepared folder (Sec. 2.3)", False)
     frac: float = flag(1.0, "share of the training images, in (0, 1] (.05 .1 .25 .5 1)", False)
     method: str = flag("zeroshot,linear-weighted,scale", "comma list, or all", False)
@@ -111,7 +110,6 @@ def parse(argv):
 @dataclass(frozen=True)
 class Level:
     """Combinations, concepts or classes of all tasks, side by side as K columns."""
-
     names: list            # K strings
     own: torch.Tensor      # (T, K) bool: column k belongs to task t
     members: torch.Tensor  # (K, G) the combinations of each column, padded by repeating the first
@@ -120,7 +118,6 @@ class Level:
 @dataclass(frozen=True)
 class Taxonomy:
     """What is known beforehand: tasks, and which concept and class a combination h is made of."""
-
     spec: dict             # all of taxonomy.json: negative_prompt, backbone, root, note and
     tasks: list            # a dict a task: name, exclusive, classes, concepts, combinations
     combination: Level     # H columns
@@ -165,7 +162,6 @@ def make_level(tasks, combinations, plural, part):
 @dataclass(frozen=True)
 class Samples:
     """The rows of samples.csv, in the file's order."""
-
     taxonomy: Taxonomy
     images: list           # N paths
     texts: list            # N report sentences, or none where prompts come from the taxonomy
@@ -367,6 +363,7 @@ class Adapter(nn.Module):
         return torch.sigmoid(self.alpha_logit)
 
     def forward(self, features):
+        """Unit features (N, D) -> adapted unit features (N, D)."""
         adapted = self.up(F.relu(self.down(features)))
         return F.normalize(torch.lerp(features, adapted, self.alpha), dim=-1)
 
@@ -445,7 +442,6 @@ def scale_loss(z, truth, taxonomy, logit_scale, temperature, lambdas, unit=True,
 @dataclass(frozen=True)
 class Embedded:
     """All that a method may see."""
-
     images: torch.Tensor     # (N, D) unit length
     texts: torch.Tensor      # (H, D) unit length, one prompt a combination
     negative: torch.Tensor   # (D,)   unit length, "No finding."
@@ -495,6 +491,7 @@ def fit_scale(data, rows, config, generator, log):
         log.append({"epoch": epoch, **sums, **alphas, "seconds": time.perf_counter() - start})
 
     def predict(images):
+        """Margins (n, H) of unit features (n, D)."""
         texts = adapters["text"](data.texts) - adapters["text"](data.negative)
         return data.logit_scale * adapters["image"](images) @ texts.T
 

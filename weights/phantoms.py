@@ -72,6 +72,7 @@ class Lesion:
         self.mask = soft(self.inside, rng.uniform(.5, 1.5))
 
     def edge(self, angle):
+        """Pixels from the centre to the outline, in each direction."""
         waves = np.cos(np.multiply.outer(angle, self.orders) + self.phase)
         return self.radius * (1 + waves @ self.waves)
 
