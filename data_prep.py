@@ -1,170 +1,101 @@
-"""Turn a raw release, as downloaded, into a prepared folder that scale.py reads.
+"""Turn a raw release into a prepared folder that scale.py reads (README, Data); fetch weights.
 
-    python data_prep.py derm7p RAW      # RAW: the unpacked release_v0 of Derm7pt
-    python data_prep.py weights monet   # says which files of a checkpoint belong where
-
-A prepared folder <data>/<name>/ holds two files; the images stay where they are:
-    taxonomy.json   tasks with their classes, concepts and combinations, prompts, backbone, root
-    samples.csv     image (below root), text, labels (combinations joined by ;), split, patient
+    python data_prep.py derm7p|padchest-gr RAW                   # RAW: the folder as unpacked
+    python data_prep.py weights monet|clip|medclip [--from FILE_OR_FOLDER]
 """
-
 import argparse
+import ast
 import csv
+import io
 import json
-import os
 import sys
+import zipfile
+from functools import partial
 from pathlib import Path
 
-from weights import InputError
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from scale import progress, replace_file, stratified_subset
+from weights import InputError, reading
+
+HERE = Path(__file__).resolve().parent
+RELEASES = json.loads((HERE / "weights" / "releases.json").read_text("utf-8"))
+UNPACK = "unpack the release again"
+HEADER = "image", "text", "labels", "split", "patient"  # of samples.csv; labels joined by ;
+
+
+# ---- What every release needs --------------------------------------------------------------------
+def read_table(path):
+    """[(where it stands, row as a dict)] of a CSV file, zipped or not."""
+    with reading(path, UNPACK):
+        data = zipfile.ZipFile(path).read(path.stem) if path.suffix == ".zip" else path.read_bytes()
+        rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
+        return [(f"{path} row {n}", row) for n, row in enumerate(rows, 2)]
+
+def write_prepared(folder, root, backbone, template, tasks, samples, note="", exclusive=True):
+    """Write both files from tasks, name -> [(combination, class, concept, images known)], and from
+    samples, rows as HEADER; print the images of every combination beside those known."""
+    root = root.relative_to(folder) if root.is_relative_to(folder) else root
+    spec = {"tasks": [], "negative_prompt": "No finding.", "backbone": backbone,
+            "root": str(root), "note": note}
+    for task, rows in tasks.items():
+        _, classes, concepts, _ = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
+        spec["tasks"].append({
+            "name": task, "exclusive": exclusive, "classes": classes, "concepts": concepts,
+            "combinations": [{"name": name, "class": kind, "concept": concept, "prompt":
+                              template.format(name)} for name, kind, concept, _ in rows]})
+    csv.writer(table := io.StringIO(), lineterminator="\n").writerows([HEADER, *samples])
+    for name, text in {"taxonomy.json": json.dumps(spec), "samples.csv": table.getvalue()}.items():
+        replace_file(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
+    if not note:  # not the demo
+        print(f"{'images':46}  train  valid   test    all  known  differ by")
+        for name, *_, known in sum(tasks.values(), []):
+            split = {row[0]: row[3] for row in samples if name in row[2].split(";")}
+            counts = [*map([*split.values()].count, ("train", "valid", "test")), len(split), known]
+            print(f"{name:46}", *(f"{n:6}" for n in counts), f"{len(split) - known:+10}")
+        print(f"{folder} is ready: python scale.py --dataset {folder.name} --frac 0.05")
+
 
 # ---- Derm7p: the 28 expressions of the seven-point checklist -------------------------------------
 # criterion -> expression -> (score, images in the official train, valid and test split). A score
 # above 0 speaks for melanoma: the class belongs to the expression, not to the patient's diagnosis.
-DERM7P = {
-    "pigment_network": {
-        "absent": (0, 160, 84, 156), "typical": (0, 160, 75, 146), "atypical": (2, 93, 44, 93)},
-    "blue_whitish_veil": {"absent": (0, 339, 157, 320), "present": (2, 74, 46, 75)},
-    "vascular_structures": {
-        "absent": (0, 347, 163, 313), "arborizing": (0, 12, 6, 13), "comma": (0, 8, 4, 11),
-        "hairpin": (0, 4, 3, 8), "within regression": (0, 18, 8, 20), "wreath": (0, 1, 1, 0),
-        "dotted": (2, 18, 13, 22), "linear irregular": (2, 5, 5, 8)},
-    "pigmentation": {
-        "absent": (0, 253, 112, 223), "diffuse regular": (0, 44, 26, 45),
-        "localized regular": (0, 0, 0, 3), "diffuse irregular": (1, 100, 57, 108),
-        "localized irregular": (1, 16, 8, 16)},
-    "streaks": {
-        "absent": (0, 273, 123, 257), "regular": (0, 39, 24, 44), "irregular": (1, 101, 56, 94)},
-    "dots_and_globules": {
-        "absent": (0, 84, 45, 100), "regular": (0, 156, 60, 118), "irregular": (1, 173, 98, 177)},
-    "regression_structures": {
-        "absent": (0, 317, 152, 289), "blue areas": (1, 42, 26, 48), "white areas": (1, 14, 9, 15),
-        "combinations": (1, 40, 16, 43)},
-}
-PHRASES = {  # where "<expression> <criterion>" is no English
-    "absent regression structures": "absent regression",
-    "within regression vascular structures": "vascular structures within regression",
-    "blue areas regression structures": "blue areas of regression",
-    "white areas regression structures": "white areas of regression",
-    "combinations regression structures": "combinations of regression areas",
-}
+DERM7P = RELEASES["derm7p"]
 TEMPLATE = "A photo of a skin lesion with {}"  # Sec. 2.3
-SPLITS = ("train", "valid", "test")
-
 
 def combination_name(criterion, expression):
     """'pigmentation', 'diffuse irregular' -> 'diffuse irregular pigmentation'."""
     name = f"{expression} {criterion.replace('_', ' ')}"
-    return PHRASES.get(name, name)
-
-
-def derm7p_taxonomy(root, backbone, note):
-    """Seven exclusive tasks, 28 combinations; in Derm7p an expression is a concept of one class."""
-    tasks = []
-    for criterion, expressions in DERM7P.items():
-        names = {e: combination_name(criterion, e) for e in expressions}
-        combinations = [
-            {"name": names[e], "class": "melanoma" if score else "nevus", "concept": e,
-             "prompt": TEMPLATE.format(names[e])} for e, (score, *_) in expressions.items()]
-        tasks.append({"name": criterion, "exclusive": True, "classes": ["nevus", "melanoma"],
-                      "concepts": list(expressions), "combinations": combinations})
-    return {"tasks": tasks, "negative_prompt": "No finding.", "backbone": backbone,
-            "root": str(root), "note": note}
-
-
-def read_table(path, columns):
-    """Rows of a CSV file as dicts; InputError if it cannot be read or lacks one of the columns."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} cannot be read ({error}): unpack release_v0.zip again.") from None
-    missing = [c for c in columns if not rows or rows[0].get(c) is None]
-    if missing:
-        raise InputError(f"{path} has no column {missing[0]!r}: unpack release_v0.zip again.")
-    return rows
-
-
-def read_splits(meta, n):
-    """Split of each of the n rows of meta.csv; the index files hold 0-based row numbers."""
-    split = [None] * n
-    for part in SPLITS:
-        path = meta / f"{part}_indexes.csv"
-        for line, row in enumerate(read_table(path, ["indexes"]), 2):
-            index = int(row["indexes"]) if (row["indexes"] or "").isdecimal() else n
-            if index >= n or split[index]:
-                raise InputError(f"{path} line {line}: {row['indexes']!r} is not the number of a "
-                                 f"row (0 to {n - 1}) that no split has yet.")
-            split[index] = part
-    if None in split:
-        raise InputError(f"{meta}: row {split.index(None)} of meta.csv is in none of the splits.")
-    return split
-
-
-def derm7p_labels(row, where):
-    """The seven combinations of a row of meta.csv, checked against its seven_point_score."""
-    labels, total = [], 0
-    for criterion, expressions in DERM7P.items():
-        if row[criterion] not in expressions:
-            raise InputError(f"{where}: {criterion} is {row[criterion]!r}, expected one of "
-                             f"{', '.join(expressions)}.")
-        labels.append(combination_name(criterion, row[criterion]))
-        total += expressions[row[criterion]][0]
-    if str(total) != row["seven_point_score"]:
-        raise InputError(f"{where}: the expressions score {total}, seven_point_score says "
-                         f"{row['seven_point_score']!r}.")
-    return labels
-
+    return RELEASES["phrases"].get(name, name)
 
 def prepare_derm7p(raw, folder, backbone="monet", note=""):
-    """Read release_v0 as downloaded, write the prepared folder, return the rows of samples.csv."""
-    raw = next((r for r in (raw / "release_v0", raw) if (r / "meta").is_dir()), raw)
-    columns = [*DERM7P, "seven_point_score", "derm", "case_num"]
-    rows = read_table(raw / "meta" / "meta.csv", columns)
-    splits = read_splits(raw / "meta", len(rows))
-    root = raw.resolve() / "images"
+    """Prepare release_v0. # Choice: the official splits, the dermoscopic images."""
+    raw, samples = raw.resolve() / ("release_v0" if (raw / "release_v0").is_dir() else ""), []
+    root, meta = raw / "images", raw / "meta"
     # Folder and file names differ in case from meta.csv: FCl/Fcl068.jpg lies in FCL/.
     found = {p.relative_to(root).as_posix().lower(): p for p in root.glob("*/*")}
-    samples = []
-    for n, (row, split) in enumerate(zip(rows, splits, strict=True)):
-        where = f"{raw / 'meta' / 'meta.csv'} line {n + 2}"
-        image = found.get((row["derm"] or "").lower())
-        if image is None:
-            raise InputError(f"{where}: no image {row['derm']} in {root}; unpack the zip again.")
-        labels = ";".join(derm7p_labels(row, where))
-        # Choice: the dermoscopic image, not the clinical one.
-        samples.append([image.relative_to(root).as_posix(), "", labels, split, row["case_num"]])
-    if root.is_relative_to(folder.resolve()):
-        root = root.relative_to(folder.resolve())
-    write_prepared(folder, derm7p_taxonomy(root, backbone, note), samples)
-    return samples
+    for where, row in read_table(meta / "meta.csv"):
+        with reading(where, UNPACK):
+            if int(row["seven_point_score"]) != sum(DERM7P[c][row[c]][0] for c in DERM7P):
+                raise ValueError("seven_point_score is not the sum of the expressions' scores")
+            labels = ";".join(combination_name(c, row[c]) for c in DERM7P)
+            image = found[row["derm"].lower()].relative_to(root).as_posix()
+            samples.append([image, "", labels, "", row["case_num"]])
+    for part in ("train", "valid", "test"):
+        for where, row in read_table(meta / f"{part}_indexes.csv"):
+            with reading(where, UNPACK):
+                sample = samples[int(row["indexes"])]
+                if sample[3]:
+                    raise ValueError(f"row {row['indexes']} of meta.csv, from 0, is in two splits")
+                sample[3] = part
+    if not all(sample[3] for sample in samples):
+        raise InputError(f"{meta}: a row of meta.csv is in no split; unpack the release again.")
+    tasks = {criterion: [
+        (combination_name(criterion, e), "melanoma" if score else "nevus", e, sum(known))
+        for e, (score, *known) in table.items()] for criterion, table in DERM7P.items()}
+    write_prepared(folder.resolve(), root, backbone, TEMPLATE, tasks, samples, note)
 
-
-def print_counts(samples):
-    """Each expression's images per split beside the count of the published release."""
-    print(f"{'images (known)':36}{'train':>11}{'valid':>11}{'test':>11}")
-    for criterion, expressions in DERM7P.items():
-        for expression, (_, *known) in expressions.items():
-            name = combination_name(criterion, expression)
-            counts = [sum(row[3] == part and name in row[2].split(";") for row in samples)
-                      for part in SPLITS]
-            cells = (f"{count:5} ({k:3})" for count, k in zip(counts, known, strict=True))
-            print(f"{name:36}", *cells, "" if counts == known else "differs")
-
-
-def write_prepared(folder, taxonomy, samples):
-    """Write taxonomy.json, then samples.csv, each under a temporary name until whole."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".partial.{os.getpid()}"
-    partial.write_text(json.dumps(taxonomy, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "taxonomy.json")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "text", "labels", "split", "patient"])
-        writer.writerows(samples)
-    os.replace(partial, folder / "samples.csv")
-
-
-# ---- The demo: synthetic phantoms in Derm7p's layout ---------------------------------------------
 def prepare_demo(data):
     """Draw phantoms into <data>/demo/release_v0 and prepare them as Derm7p; return the folder."""
     from weights.phantoms import write_demo_release
@@ -176,36 +107,131 @@ def prepare_demo(data):
     return folder
 
 
-# ---- Weights -------------------------------------------------------------------------------------
-SOURCES = {"monet": "chanwkim/monet on Hugging Face (CC BY-NC-SA 4.0)",
-           "clip": "openai/clip-vit-large-patch14 on Hugging Face (MIT)"}
+# ---- PadChest-GR: 12 combinations, by the label and the locations of a finding (Sec. 2.3) --------
+PADCHEST_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
 
+def padchest_labels(label, locations):
+    """Names of the combinations that a finding states; in a rule of the table a comma is or.
+
+    # Choice: laminar atelectasis is none, blunted angles and loculated effusions are effusions; of
+    the three angles the first that fits, so that one without a side is bilateral.
+    """
+    fits = [name for name, kind, _, _, rule in RELEASES["padchest-gr"]
+            if label in RELEASES["labels"][kind]
+            and any({*option.split(" + ")} <= {*locations} for option in rule.split(", "))]
+    angles = [name for name in fits if name.endswith("angle")]
+    return [name for name in fits if name not in angles[1:]]
+
+def shrink(source, target):
+    """Write an 8-bit grey PNG whose long side has 256 pixels."""
+    with reading(source, UNPACK):
+        image = Image.open(source)
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to white
+            image = image.convert("F")  # Choice: the file's maximum becomes white
+            scale = 255 / (image.getextrema()[1] or 1)
+            image = image.point(lambda value: value * scale + 0.5)
+        image.thumbnail((256, 256), Image.Resampling.BICUBIC)
+        image = image.convert("L")
+    replace_file(target, partial(image.save, format="PNG"))
+
+def prepare_padchest(raw, folder, language="en", official=False, seed=0):
+    """Prepare PadChest-GR, one row for an image and a sentence with all that it states.
+
+    # Choice: master_table.csv alone, which repeats the positive findings of grounded_reports.
+    # Choice: 15% of the patients are test, by chance, the rest train; or the official split.
+    """
+    stated, patients, studies = {}, {}, {}
+    path = next(iter(sorted(raw.rglob("master_table.csv*"))), raw / "master_table.csv")
+    for where, row in read_table(path):
+        with reading(where, UNPACK):
+            image, study = row["ImageID"], (row["PatientID"], PADCHEST_SPLITS[row["split"]])
+            locations = ast.literal_eval(row["locations"])
+            if type(locations) is not list or Path(image).name != image or not study[0]:
+                raise ValueError("locations: no list, ImageID: no file name, or no PatientID")
+            if studies.setdefault(image, study) != study:
+                raise ValueError(f"{image} has two patients or splits")
+            for name in padchest_labels(row["label"], locations):
+                text = row[f"sentence_{language}"].strip() or name
+                stated.setdefault((f"images/{image}", text, *study), {})[name] = True
+                patients.setdefault(study[0], set()).add(name)
+    if not stated:
+        raise InputError(f"{path} states none of the combinations: unpack the release again.")
+    tasks = [row[:4] for row in RELEASES["padchest-gr"]]
+    truth = torch.tensor([[row[0] in names for row in tasks] for names in patients.values()])
+    test = stratified_subset(truth, 0.15, torch.Generator().manual_seed(seed))
+    test = {patient for k, patient in enumerate(patients) if k in test}
+    samples = [[image, text, ";".join(names), part if official else
+                "test" if patient in test else "train", patient]
+               for (image, text, patient, part), names in stated.items()]
+    todo = sorted({row[0] for row in samples if not (folder / row[0]).exists()})
+    found = {f"images/{path.name}": path for path in raw.rglob("*.png")} if todo else {}
+    if lost := [name for name in todo if name not in found]:
+        raise InputError(f"{raw} lacks {len(lost)} images, first {lost[0][7:]}: join and unpack "
+                         "PadChest_GR.zip.001 to .037 there.")
+    for name in progress(todo, len(todo), "images"):
+        shrink(found[name], folder / name)
+    write_prepared(folder, folder, "medclip", "{}.", {"findings": tasks}, samples, exclusive=False)
+
+
+# ---- Weights -------------------------------------------------------------------------------------
+def convert(source, target):
+    """Write weights as safetensors, other files as they are, once they are seen to be whole."""
+    if source.suffix in (".json", ".txt"):
+        target.write_bytes(source.read_bytes())
+        return
+    names = zipfile.ZipFile(source).namelist() if zipfile.is_zipfile(source) else []
+    inner = [name for name in names if name.endswith("pytorch_model.bin")]  # MedCLIP's zip
+    if source.suffix == ".safetensors":
+        tensors = load_file(source)
+    elif any(name.endswith("constants.pkl") for name in names):  # TorchScript
+        tensors = torch.jit.load(source, "cpu").state_dict()
+    else:
+        file = io.BytesIO(zipfile.ZipFile(source).read(inner[0])) if inner else source
+        tensors = torch.load(file, "cpu", weights_only=True, mmap=bool(names and not inner))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
+
+def fetch_weights(name, given=None):
+    """Fill weights/<name>/ from `given`, a file or a folder; say where to get what is missing."""
+    if name not in RELEASES["weights"]:
+        raise InputError(f"weights {name}: known are {', '.join(RELEASES['weights'])}.")
+    offers = sorted(given.iterdir()) if given and given.is_dir() else [given] if given else []
+    offers = {p.name if p.suffix in (".json", ".txt") else "model.safetensors": p for p in offers
+              if p == given or p.suffix in (".json", ".txt", ".safetensors", ".bin", ".pt", ".zip")}
+    for file, address in RELEASES["weights"][name].items():
+        target = HERE / "weights" / name / file
+        if file in offers:
+            with reading(offers[file], "it must be a whole file of tensors alone"):
+                replace_file(target, partial(convert, offers[file]))
+            print(f"{target} is ready")
+        elif not target.exists():
+            print(f"{target} is missing; it comes from {address.replace('#', ', sha256 ')}")
 
 def main(argv=None):
     """Exit code 0, or 2 with one sentence for the user's mistakes."""
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__.split("\n\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    derm7p = commands.add_parser("derm7p")
-    derm7p.add_argument("raw", type=Path, help="folder of the release as downloaded")
-    derm7p.add_argument("--data", default="data", type=Path, help="where to write [data]")
-    commands.add_parser("weights").add_argument("name", help="such as monet or clip")
+    add = parser.add_argument
+    add("release", choices=("derm7p", "padchest-gr", "weights"))
+    add("raw", metavar="RAW", type=Path, help="the release as unpacked; or monet, clip, medclip")
+    add("--data", default="data", type=Path, help="where to write [data]")
+    add("--language", default="en", choices=("en", "es"), help="PadChest-GR's sentences [en]")
+    add("--official-split", action="store_true", help="PadChest-GR's own in place of 15%% test")
+    add("--seed", default=0, type=int, help="of splits by chance [0]")
+    add("--from", dest="given", type=Path, help="weights on disk: a file or a folder")
     args = parser.parse_args(argv)
+    name, folder = args.release, (args.data / args.release).resolve()
     try:
-        if args.command == "weights":
-            print("put model.safetensors, config.json, preprocessor_config.json, vocab.json and "
-                  f"merges.txt of {SOURCES.get(args.name, args.name)} into weights/{args.name}/")
+        if name == "weights":
+            fetch_weights(str(args.raw), args.given)
+        elif name == "derm7p":
+            prepare_derm7p(args.raw, folder)
         else:
-            samples = prepare_derm7p(args.raw, args.data / args.command)
-            print_counts(samples)
-            print(f"{args.data / args.command}: {len(samples)} images prepared; next: "
-                  f"python scale.py --dataset {args.command} --frac 0.05")
+            prepare_padchest(args.raw, folder, args.language, args.official_split, args.seed)
     except (InputError, OSError) as error:
         print(f"data_prep.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,62 +1,136 @@
-"""Frozen encoders as functions over their checkpoint's own tensors, one module a family.
+"""Frozen encoders, a module a family, as functions over their checkpoint's own tensors `w` by name.
 
-What they share: reading a checkpoint without copying it, and the strict check of its tensors. A
-medical backbone that loads by halves and still predicts is the worst failure.
+Shared: the strict check of a checkpoint (a medical backbone that loads by halves and still predicts
+is the worst failure), layers, and the class `Backbone`.
 """
+import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 
 class InputError(Exception):
     """A mistake in the user's input: one sentence that names the thing and the mending command."""
 
+@contextmanager
+def reading(path, mend=None):
+    """Around the reading of a user's file: whatever goes wrong in there becomes an InputError.
 
-def misfit(path, expected, found):
-    """InputError that says of a file below weights/<name>/ what was expected and what found."""
+    mend: what to do; None: the command that gets the checkpoint of weights/<name>/ again.
+    """
     name = Path(path).absolute().parent.name
-    mend = "git checkout weights/demo" if name == "demo" else f"python data_prep.py weights {name}"
-    return InputError(f"{path}: expected {expected}, found {found}; mend it with: {mend}")
-
+    mend = mend or ("mend it with: git checkout weights/demo" if name == "demo" else
+                    f"mend it with: python data_prep.py weights {name}")
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise InputError(f"{path}: {kind}{' '.join(str(error).split())[:300]}; {mend}.") from None
 
 def read_json(path):
     """The object in a JSON file, {} if there is no such file; InputError if it is not one."""
-    try:
-        return {**json.loads(Path(path).read_bytes())}
-    except FileNotFoundError:
-        return {}
-    except (OSError, TypeError, ValueError) as error:
-        raise misfit(path, "a JSON object", error) from error
-
+    with reading(path):
+        return {**json.loads(path.read_bytes())} if path.exists() else {}
 
 def read_tensors(path):
     """Name -> tensor of a safetensors file, a view of it if float32; other floats become that."""
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise misfit(path, "a whole safetensors file, no Git LFS pointer", error) from error
-    return {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
+    with reading(path):
+        return {n: t.float() if t.is_floating_point() else t for n, t in load_file(path).items()}
 
+def sizes(p, names, width, inner):
+    """Shapes in block `p`: query, key, value, output, the two layers of the MLP, two norms."""
+    shapes = [width + width] * 4 + [inner + width, width + inner, width, width]
+    return {f"{p}{name}.*": shape for name, shape in zip(names, shapes, strict=True)}
 
-def check_tensors(path, tensors, expected, ignore=(), alias=str):
-    """The tensors that `expected` (name -> shape) names; InputError for a difference either way.
+def check_tensors(tensors, shapes, ignored):
+    """The tensors that `shapes` names; ValueError for whatever is missing, unknown or misshapen.
 
-    `ignore`: endings of names to drop; `alias` turns a name into the file's own spelling. Only
-    vectors are searched for NaN: to search all would read the whole file.
+    In `shapes`, name* is a weight and a bias; a letter is the same size wherever it stands. NaN is
+    looked for in vectors only: to search all would read the whole file.
     """
-    wrong = [f"the unknown {alias(name)} {tuple(tensor.shape)}" for name, tensor in tensors.items()
-             if name not in expected and not name.endswith(tuple(ignore))]
-    for name, shape in expected.items():
-        if name not in tensors:
-            wrong.append(f"no {alias(name)} {shape}")
-        elif tensors[name].shape != shape:
-            wrong.append(f"{alias(name)} of shape {tuple(tensors[name].shape)} instead of {shape}")
-        elif len(shape) < 2 and not torch.isfinite(tensors[name]).all():
-            wrong.append(f"NaN or infinity in {alias(name)}")
-    if wrong:
-        found = f"{len(wrong)} fault(s): " + "; ".join(wrong[:4])
-        raise misfit(path, f"{len(expected)} tensors of known shape", found)
-    return {name: tensors[name] for name in expected}
+    expected = {n.replace("*", "weight"): shape for n, shape in shapes.items()}
+    expected |= {n.replace("*", "bias"): shape[:1] for n, shape in shapes.items() if "*" in n}
+    found = {n: tuple(t.shape) for n, t in tensors.items() if not n.endswith(ignored)}
+    known = {letter: size for n in reversed(expected) for letter, size in
+             zip(expected[n], found.get(n, ()), strict=False) if isinstance(letter, str)}
+    expected = {n: tuple(known.get(c, c) for c in shape) for n, shape in expected.items()}
+    faults = [f"{n} {found.get(n, 'missing')} instead of {expected.get(n, 'none')}"
+              for n in expected | found if found.get(n) != expected.get(n)]
+    faults += [f"NaN or infinity in {n}" for n, shape in found.items()
+               if len(shape) < 2 and not torch.isfinite(tensors[n]).all()]
+    if faults:
+        raise ValueError(f"not its {len(expected)} tensors, {len(faults)} fault(s): "
+                         + ", ".join(faults[:4]))
+    return {n: tensors[n] for n in expected}
+
+def norm(w, name, x, eps=1e-5):
+    """LayerNorm of the last dimension of x by `name`.weight and `name`.bias."""
+    return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], eps)
+
+def block(w, p, names, x, heads, mask=None, causal=False, read=None, act=F.gelu, factor=1.,
+          post=False, eps=1e-5):
+    """x (N, L, W) after block `p` of a transformer; with `read` (N,) only its tokens there.
+
+    The activation is act(factor x) / factor; the norms come first in each half, or last (`post`).
+    """
+    q, k, v, out, fc1, fc2, one, two = (
+        (w[f"{p}{name}.weight"], w[f"{p}{name}.bias"]) for name in names)
+    width = x.shape[2:]
+    asking = y = x if post else F.layer_norm(x, width, *one, eps)
+    if read is not None:  # (N, 1, W)
+        x, asking = (z[torch.arange(len(z), device=z.device), read][:, None] for z in (x, y))
+        places = torch.arange(y.shape[1], device=x.device)
+        mask, causal = places <= read[:, None, None, None] if causal else mask, False
+    q, k, v = (F.linear(z, *pair).unflatten(-1, (heads, -1)).transpose(1, 2)
+               for z, pair in ((asking, q), (y, k), (y, v)))  # (N, heads, L, W / heads)
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
+    x = x + F.linear(y.transpose(1, 2).flatten(2), *out)
+    x = F.layer_norm(x, width, *one, eps) if post else x
+    y = x if post else F.layer_norm(x, width, *two, eps)
+    y = act(torch.addmm(fc1[1], y.flatten(0, 1), fc1[0].T, beta=factor, alpha=factor))
+    x = torch.addmm((x + fc2[1]).flatten(0, 1), y, fc2[0].T, alpha=1 / factor).view(x.shape)
+    return F.layer_norm(x, width, *two, eps) if post else x
+
+class Backbone:
+    """A frozen encoder, without what its family adds: tensors, settings, towers, tokenizer."""
+
+    word_table = property(lambda self: self.tensors[self.words])  # (V, W)
+
+    def to(self, device):
+        """Itself, with its tensors on `device`."""
+        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return self
+
+    def describe(self):
+        """All beyond the tensors that changes an embedding, ready for JSON."""
+        words = b"".join(file.read_bytes() for file in self.files)
+        return self.settings | {"tokenizer": hashlib.sha256(words).hexdigest()}
+
+    def tokenize(self, texts):
+        """Ids (N, L), padded with 0, and lengths (N,) of N texts: start, text cut to fit, end."""
+        ids = [[i for word in self.split(text) for i in self.word_pieces(word)] for text in texts]
+        ids = [torch.tensor([self.start, *row[:self.context - 2], self.end]) for row in ids]
+        return torch.nn.utils.rnn.pad_sequence(ids, True), torch.tensor([len(row) for row in ids])
+
+    def encode_image(self, pixels):
+        """(N, D), not normalised, of pixels (N, 3, H, W) from `preprocess`."""
+        return self.encode(self.image_tower, pixels)
+
+    def encode_text(self, texts):
+        """(N, D), not normalised, of a list of N texts."""
+        return self.encode(self.text_tower, *self.tokenize(texts))
+
+    @torch.no_grad()
+    def encode(self, tower, *inputs):
+        """(N, D) of a tower; InputError if a weight's NaN or infinity has reached them."""
+        x = tower(self.tensors, *(x.to(self.word_table.device) for x in inputs))
+        if not torch.isfinite(x).all():
+            with reading(self.path):
+                raise ValueError("its weights give embeddings with NaN or infinity")
+        return x

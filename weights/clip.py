@@ -1,18 +1,9 @@
-"""CLIP (Radford et al., 2021), frozen, as functions over the checkpoint's own tensors.
+"""CLIP (Radford et al., 2021), frozen: OpenAI's, MONET and open_clip's of that architecture.
 
-Runs OpenAI's CLIP, MONET and open_clip's of that architecture from a folder with model.safetensors,
-merges.txt and vocab.json (or tokenizer.json), and other json files of Hugging Face or open_clip.
-
-    w        tensors by Hugging Face name; put others in their place to tune them (LoRA)
-    N, L, W  sequences in a batch, tokens in a sequence, width of a tower; D: of the embeddings
-    ends     where in each sequence its embedding is read: the end of a text, 0 for an image
-    factor   1.702: quick_gelu(x) = x sigmoid(1.702 x) = silu(1.702 x) / 1.702
-
-Does NOT include: ResNet towers, dropout, padding masks (attention is causal: nothing sees what
-follows the end of a text), the repair of broken Unicode that OpenAI's tokenizer does.
+A folder holds model.safetensors, merges.txt and vocab.json (or tokenizer.json), and what there is
+of Hugging Face's and open_clip's other json files. N, L, W, D: images or texts, tokens of each,
+width of a tower, of the embeddings. Not included: ResNet towers, OpenAI's repair of odd Unicode.
 """
-import functools
-import hashlib
 import math
 import re
 import sys
@@ -24,129 +15,29 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from . import check_tensors, misfit, read_json, read_tensors
+from . import Backbone, block, check_tensors, norm, read_json, read_tensors, reading, sizes
 
 CLIP_PIXELS = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 IMAGENET_PIXELS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])  # what MONET was trained with
-ACTIVATIONS = {"quick_gelu": (F.silu, 1.702), "gelu": (F.gelu, 1.0)}  # name -> function, factor
-EDGE = {  # tower -> its projection and its norms, outside of the blocks
-    "text": ("text_projection", "text_model.final_layer_norm"),
-    "vision": ("visual_projection", "vision_model.pre_layrnorm", "vision_model.post_layernorm")}
-IGNORED = ("position_ids", "input_resolution", "context_length", "vocab_size", "attn_mask")
-OPENAI_NAMES = (  # OpenAI's and open_clip's spelling -> Hugging Face's, in order
-    ("visual.proj", "visual_projection.weight"), ("text_projection", "text_projection.weight"),
-    ("visual.", "vision_model."), ("transformer.resblocks.", "encoder.layers."), ("c_fc", "fc1"),
-    ("class_embedding", "embeddings.class_embedding"), ("conv1", "embeddings.patch_embedding"),
-    ("token_embedding", "embeddings.token_embedding"), ("ln_final", "final_layer_norm"),
-    ("positional_embedding", "embeddings.position_embedding.weight"), (".ln_pre", ".pre_layrnorm"),
-    (".ln_post", ".post_layernorm"), (".ln_", ".layer_norm"), ("attn.", "self_attn."),
-    ("c_proj", "fc2"))
-
-
-# ---- 1. The two towers ---------------------------------------------------------------------------
-def affine(w, name):
-    """The tensors `name`.weight and `name`.bias, of a Linear or a LayerNorm."""
-    return w[name + ".weight"], w[name + ".bias"]
-
-
-def transformer(w, tower, x, ends, heads, activation, eps):
-    """Embeddings (N, D) of x (N, L, W), read at `ends`; at every token, (N L, D), if it is None."""
-    n, length, width = x.shape
-    (act, factor), (projection, *_, last) = ACTIVATIONS[activation], EDGE[tower]
-    depth = sum(k.startswith(tower) and k.endswith("layer_norm1.weight") for k in w)
-    x, heads, text, mask = x.reshape(-1, width), heads or width // 64, tower == "text", None
-    for layer in range(depth):
-        p = f"{tower}_model.encoder.layers.{layer}."
-        asking = y = F.layer_norm(x, (width,), *affine(w, p + "layer_norm1"), eps)
-        if layer == depth - 1 and ends is not None:  # nobody will read the other tokens
-            rows = torch.arange(n, device=x.device) * length + ends
-            x, asking, places = x[rows], y[rows], torch.arange(length, device=x.device)
-            mask = places <= ends[:, None, None, None] if text else None
-        q, k, v = (F.linear(z, *affine(w, f"{p}self_attn.{name}_proj"))
-                   .view(n, -1, heads, width // heads).transpose(1, 2)  # (N, heads, L, W / heads)
-                   for name, z in (("q", asking), ("k", y), ("v", y)))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=text and mask is None)
-        x = x + F.linear(y.transpose(1, 2).reshape(-1, width), *affine(w, p + "self_attn.out_proj"))
-        y = F.layer_norm(x, (width,), *affine(w, p + "layer_norm2"), eps)
-        inner, outer = w[p + "mlp.fc1.weight"].T, w[p + "mlp.fc2.weight"].T  # scaled on the way
-        y = act(torch.addmm(w[p + "mlp.fc1.bias"], y, inner, beta=factor, alpha=factor))
-        x = torch.addmm(x + w[p + "mlp.fc2.bias"], y, outer, alpha=1 / factor)
-    x = F.layer_norm(x, (width,), *affine(w, last), eps)
-    return F.linear(x, w[projection + ".weight"])
-
-
-def image_tower(w, pixels, heads=None, activation="quick_gelu", eps=1e-5, every_token=False):
-    """Embeddings (N, D), not normalised, of pixels (N, 3, H, W); differentiable in all tensors.
-
-    `every_token`: (N, 1 + patches, D), class token first; `heads` None: one per 64 channels.
-    """
-    kernel = w["vision_model.embeddings.patch_embedding.weight"]
-    x = F.unfold(pixels, kernel.shape[2:], stride=kernel.shape[2:]).transpose(1, 2).contiguous()
-    x = F.linear(x, kernel.flatten(1))  # the convolution
-    first = w["vision_model.embeddings.class_embedding"].expand(len(x), 1, -1)
-    x = torch.cat([first, x], 1) + w["vision_model.embeddings.position_embedding.weight"]
-    x = F.layer_norm(x, x.shape[2:], *affine(w, "vision_model.pre_layrnorm"), eps)  # (N, L, W)
-    x = transformer(w, "vision", x, None if every_token else 0, heads, activation, eps)
-    return x.view(len(pixels), -1, x.shape[-1]) if every_token else x
-
-
-def text_tower(w, tokens, ends, heads=None, activation="quick_gelu", eps=1e-5):
-    """Embeddings (N, D), not normalised, read at `ends` (N,), the end-of-text token's places.
-
-    `tokens`: ids (N, L), or token embeddings (N, L, W) of one's own making (CoOp's contexts).
-    """
-    table = w["text_model.embeddings.token_embedding.weight"]
-    x = F.embedding(tokens, table) if tokens.ndim == 2 else tokens
-    x = x + w["text_model.embeddings.position_embedding.weight"][:x.shape[1]]
-    return transformer(w, "text", x, ends, heads, activation, eps)
-
-
-# ---- 2. Tokenizer --------------------------------------------------------------------------------
-def byte_symbols():
-    """Byte -> the printable character that stands for it, in the order of CLIP's vocabulary."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = sorted(set(range(256)) - set(shown))
-    return {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
-
-
-class Tokenizer:
-    """CLIP's byte-pair encoding by `vocab` (token -> id) and `merges` (pairs, best first)."""
-
-    def __init__(self, vocab, merges):
-        self.vocab, self.ranks = vocab, {tuple(pair): rank for rank, pair in enumerate(merges)}
-        self.start, self.end = vocab["<|startoftext|>"], vocab["<|endoftext|>"]
-        self.symbols, self.merge = byte_symbols(), functools.cache(self.merge)
-
-    def merge(self, word):
-        """Ids of one word: the first best pair of neighbours is joined until none is known."""
-        parts = [self.symbols[byte] for byte in word.encode("utf-8", "replace")]
-        parts[-1] += "</w>"
-        while known := [(self.ranks[pair], at) for at in range(len(parts) - 1)
-                        if (pair := tuple(parts[at:at + 2])) in self.ranks]:
-            at = min(known)[1]
-            parts[at:at + 2] = ["".join(parts[at:at + 2])]
-        return [self.vocab.get(part, self.end) for part in parts]
-
-    def __call__(self, text, context):
-        """At most `context` ids: start, the text's (cut where they are too many), end."""
-        # The ids of Hugging Face's CLIPTokenizerFast; a literal "<|endoftext|>" is plain text.
-        # Unlike CLIP's expression, Python's lower() treats a final sigma apart, letters hold the
-        # numerals Nl and No, and \x1c to \x1f count as white space.
-        text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
-        numerals = "".join({c for c in text if unicodedata.category(c) in ("Nl", "No")})
-        words = re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{numerals}]+|[\d{numerals}]|"
-                           r"(?:[^\s\w]|[_\x1c-\x1f])+", text)
-        ids = [self.start, *(i for word in words for i in self.merge(word))]
-        return ids[:context - 1] + [self.end]
-
-
-# ---- 3. Checkpoint and settings ------------------------------------------------------------------
-def openai_name(name):
-    """OpenAI's spelling of a Hugging Face tensor name, for errors about a file that has it."""
-    for theirs, ours in reversed(OPENAI_NAMES):
-        name = name.replace(ours, theirs)
-    return re.sub(r"[qkv]_proj\.", "in_proj_", name.removeprefix("text_model."))
-
+ACTIVATIONS = {"quick_gelu": (F.silu, 1.702), "gelu": (F.gelu, 1.0)}  # f, c of f(c x) / c
+WORDS = "text_model.embeddings.token_embedding.weight"
+CONTEXT = "text_model.embeddings.position_embedding.weight"
+CLASS, PATCHES, PLACES = ("vision_model.embeddings." + name for name in (
+    "class_embedding", "patch_embedding.weight", "position_embedding.weight"))
+BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
+         "mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2")
+SHAPES = {  # of the tensors outside of the blocks
+    "logit_scale": "", "visual_projection.weight": "DW", "text_projection.weight": "Dw",
+    CLASS: "W", PATCHES: ("W", 3, "P", "P"), PLACES: "LW", CONTEXT: "lw", WORDS: "vw",
+    "vision_model.pre_layrnorm.*": "W", "vision_model.post_layernorm.*": "W",
+    "text_model.final_layer_norm.*": "w"}
+IGNORED = "position_ids", "input_resolution", "context_length", "vocab_size", "attn_mask"
+OPENAI_NAMES = """visual.proj:visual_projection.weight text_projection:text_projection.weight
+    visual.:vision_model. transformer.resblocks:encoder.layers attn.:self_attn. c_fc:fc1 c_proj:fc2
+    class_embedding:embeddings.class_embedding conv1:embeddings.patch_embedding
+    token_embedding:embeddings.token_embedding ln_final:final_layer_norm .ln_pre:.pre_layrnorm
+    positional_embedding:embeddings.position_embedding.weight .ln_post:.post_layernorm
+    .ln_:.layer_norm"""  # OpenAI's and open_clip's spelling:Hugging Face's, in order
 
 def from_openai(tensors):
     """OpenAI's or open_clip's tensors under Hugging Face's names; views, nothing is copied."""
@@ -154,165 +45,129 @@ def from_openai(tensors):
     for name, tensor in tensors.items():
         name = re.sub(r"^(module\.)?(text\.)?", "", name)
         name = re.sub(r"^(?!visual\.|text_projection|logit_scale)", "text_model.", name)
-        for theirs, ours in OPENAI_NAMES:
-            name = name.replace(theirs, ours)
+        for pair in OPENAI_NAMES.split():
+            name = name.replace(*pair.split(":"))
         turned = name.endswith("_projection.weight")  # a square one would pass the check unturned
         cut = tensor.chunk(3) if "in_proj_" in name else [tensor.T if turned else tensor]
         out |= {name.replace("in_proj_", c + "_proj."): x for c, x in zip("qkv", cut, strict=False)}
     return out
 
-
-def tower_shapes(w, tower, config):
-    """Name -> shape of one tower's tensors: sizes as config.json states them, or as w shows."""
-    stated, p = config.get(tower + "_config", {}), tower + "_model."
-    (last, *norms), layers = EDGE[tower], p + "encoder.layers."
-    words, patches, places = (f"{p}embeddings.{name}_embedding.weight"
-                              for name in ("token", "patch", "position"))
-    width = stated.get("hidden_size") or w[last + ".weight"].shape[1]
-    inner = stated.get("intermediate_size") or len(w[layers + "0.mlp.fc1.weight"])
-    length = stated.get("max_position_embeddings") or len(w[places])
-    depth = stated.get("num_hidden_layers") or 1 + max(
-        int(name.split(".")[3]) for name in w if name.startswith(layers))
-    dim = config.get("projection_dim") or len(w["text_projection.weight"])
-    shapes, biased = {last + ".weight": (dim, width)}, dict.fromkeys(norms, (width,))
-    if tower == "text":
-        shapes[words] = (stated.get("vocab_size") or len(w[words]), width)
-    else:
-        patch = stated.get("patch_size") or w[patches].shape[-1]
-        length = 1 + (stated.get("image_size", math.isqrt(length - 1) * patch) // patch) ** 2
-        shapes |= {patches: (width, 3, patch, patch), p + "embeddings.class_embedding": (width,)}
-    block = {f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")}
-    block |= {"layer_norm1": (width,), "layer_norm2": (width,),
-              "mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
-    biased |= {f"{layers}{i}.{name}": block[name] for i in range(depth) for name in block}
-    shapes |= {name + ".weight": shape for name, shape in biased.items()}
-    shapes |= {name + ".bias": shape[:1] for name, shape in biased.items()}
-    return shapes | {places: (length, width)}
-
-
-def tower_settings(folder, config, tower, w):
-    """What the tensors don't tell about a tower, as its function's keyword arguments."""
-    stated, theirs = config.get(tower + "_config", {}), read_json(folder / "open_clip_config.json")
-    width = w[EDGE[tower][0] + ".weight"].shape[1]
-    if theirs and "vision_config" not in config:
-        model, given = theirs["model_cfg"], theirs["model_cfg"][tower + "_cfg"]
-        stated = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-                  "num_attention_heads": given.get("heads") or width // given.get("head_width", 64)}
-    heads = stated.get("num_attention_heads") or width // 64
-    activation = stated.get("hidden_act", "quick_gelu")
-    if activation not in ACTIVATIONS or not heads or width % heads:
-        raise misfit(folder / "config.json", f"quick_gelu or gelu and heads that divide {width}",
-                     f"{activation} and {heads}")
-    return {"heads": heads, "activation": activation, "eps": stated.get("layer_norm_eps", 1e-5)}
-
-
-def pixel_settings(folder, w):
-    """Mean, std, sizes and filter of preprocessing; warns where MONET's are not ImageNet's."""
-    path = folder / "preprocessor_config.json"
-    theirs = read_json(folder / "open_clip_config.json").get("preprocess_cfg", {})
-    given = read_json(path) or {"image_" + key: value for key, value in theirs.items()}
+def read_settings(folder, w):
+    """What else there is to know of the towers and the pixels, as stated or usual; all shapes."""
+    path, config = folder / "preprocessor_config.json", read_json(folder / "config.json")
+    other, out, shapes = read_json(folder / "open_clip_config.json"), {}, dict(SHAPES)
+    model = other.get("model_cfg", {})
+    usual = "gelu" if model and not model.get("quick_gelu") else "quick_gelu"
+    for tower, letters in (("vision", "WI"), ("text", "wi")):
+        stated, theirs = config.get(tower + "_config", {}), model.get(tower + "_cfg", {})
+        norms = [name for name in w if re.match(tower + r".*layers.*layer_norm1\.weight", name)]
+        width, activation = len(w[norms[0]]), stated.get("hidden_act", usual)
+        heads = theirs.get("heads") or width // theirs.get("head_width", 64)
+        heads = stated.get("num_attention_heads", heads)
+        if activation not in ACTIVATIONS or width % heads:
+            raise ValueError(f"{activation} and {heads} heads for a width of {width}")
+        depth = stated.get("num_hidden_layers") or theirs.get("layers") or len(norms)
+        out[tower] = {"depth": depth, "heads": heads, "activation": activation}
+        for i in range(depth):
+            shapes |= sizes(f"{tower}_model.encoder.layers.{i}.", BLOCK, *letters)
+    given = read_json(path) or {"image_" + k: v for k, v in other.get("preprocess_cfg", {}).items()}
     monet = "monet" in folder.absolute().name.lower()
     usual = IMAGENET_PIXELS if monet else CLIP_PIXELS
     mean, std = given.get("image_mean", usual[0]), given.get("image_std", usual[1])
     if monet and (mean, std) != usual:
         print(f"warning: {path} normalises with mean {mean} and std {std}, but MONET was trained "
               f"with ImageNet's {usual[0]} and {usual[1]}", file=sys.stderr)
-    crop = math.isqrt(len(w["vision_model.embeddings.position_embedding.weight"]) - 1)
-    crop *= w["vision_model.embeddings.patch_embedding.weight"].shape[-1]
-    size = given.get("size", crop)
-    return {"mean": mean, "std": std, "resample": given.get("resample", 3), "crop": crop,
-            "size": size["shortest_edge"] if isinstance(size, dict) else size}
+    crop = math.isqrt(len(w[PLACES]) - 1) * w[PATCHES].shape[-1]
+    return out | {"pixels": [mean, std, given.get("resample", 3), crop]}, shapes
 
-
-# ---- 4. The frozen model -------------------------------------------------------------------------
-class CLIP:
+class CLIP(Backbone):
     """A frozen CLIP from a folder; InputError for whatever is missing or does not fit."""
+
+    words = WORDS
 
     def __init__(self, folder):
         folder = Path(folder)
         path, other = folder / "model.safetensors", folder / "open_clip_model.safetensors"
         self.path = path = other if other.exists() and not path.exists() else path
-        w, alias = read_tensors(path), str
-        if any(".resblocks." in name for name in w):
-            w, alias = from_openai(w), openai_name
-        try:
-            config = read_json(folder / "config.json")
-            shapes = tower_shapes(w, "vision", config) | tower_shapes(w, "text", config)
-            w = check_tensors(path, w, shapes | {"logit_scale": ()}, IGNORED, alias)
-            self.text, self.image = (tower_settings(folder, config, tower, w) for tower in EDGE)
-            self.pixels = pixel_settings(folder, w)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise misfit(path, "a CLIP with its json files", f"none for {error}") from error
-        self.files = [folder / "merges.txt", folder / "vocab.json"]
-        if not all(file.exists() for file in self.files):
-            self.files = [folder / "tokenizer.json"]
-        if not self.files[0].exists():
-            raise misfit(self.files[0], "it, or vocab.json with merges.txt", "neither")
-        self.tensors, self.logit_scale = w, w["logit_scale"].exp().item()
-        self.image_size, self.dim = self.pixels["crop"], len(w["text_projection.weight"])
-        self.context = len(w["text_model.embeddings.position_embedding.weight"])
-
-    @functools.cached_property
-    def tokenizer(self):
-        """Read when the first text comes, as it takes longer than mapping the tensors."""
-        size = len(self.tensors["text_model.embeddings.token_embedding.weight"])
-        try:
-            vocab = read_json(self.files[-1])
-            if len(self.files) == 1:
-                vocab, merges = vocab["model"]["vocab"], vocab["model"]["merges"]
-            else:  # its first line, a version, and its last, empty, are pairs that no text has
-                merges = self.files[0].read_text(encoding="utf-8").split("\n")
-            if max(vocab.values()) >= size:
-                raise ValueError(f"an id of {max(vocab.values())} where {size} are embedded")
-            return Tokenizer(vocab, [m.split() if isinstance(m, str) else m for m in merges])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise misfit(self.files[0], "a CLIP vocabulary with its merges", repr(error)) from error
-
-    def to(self, device):
-        """Itself, with its tensors on `device`."""
-        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
-        return self
-
-    def describe(self):
-        """All beyond the tensors that changes an embedding, ready for JSON."""
-        words = hashlib.sha256(b"".join(file.read_bytes() for file in self.files)).hexdigest()
-        return {"image": self.image, "text": self.text, "pixels": self.pixels, "tokenizer": words}
+        w = read_tensors(path)
+        w = from_openai(w) if any(".resblocks." in name for name in w) else w
+        with reading(path):
+            self.settings, shapes = read_settings(folder, w)
+            self.tensors = check_tensors(w, shapes, IGNORED)
+        old = (folder / "merges.txt").exists()  # the older kind of files
+        self.files = [folder / name for name in (
+            ("merges.txt", "vocab.json") if old else ("tokenizer.json",))]
+        with reading(self.files[0]):
+            self.vocab = read_json(self.files[-1])
+            merges = self.files[0].read_text(encoding="utf-8").split("\n")
+            if not old:
+                self.vocab, merges = (self.vocab["model"][key] for key in ("vocab", "merges"))
+            merges = (tuple(m.split() if isinstance(m, str) else m) for m in merges)
+            self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+            self.start, self.end = self.vocab["<|startoftext|>"], self.vocab["<|endoftext|>"]
+            if max(self.vocab.values()) >= len(w[WORDS]):
+                raise ValueError(f"more than the {len(w[WORDS])} tokens of the checkpoint")
+        self.context, self.logit_scale = len(w[CONTEXT]), w["logit_scale"].exp().item()
 
     def preprocess(self, image):
-        """(3, H, W) float32 of a PIL image, as Hugging Face's CLIPImageProcessor with Pillow.
-
-        RGB, what is transparent over white; short side to size; centre crop; (x / 255 - mean) /
-        std. Pillow saturates 16-bit grey in going to RGB: scale it to 8 bits before.
+        """(3, H, H) of a PIL image as by Hugging Face's CLIPImageProcessor: RGB over white, short
+        side to H, centre crop, (x / 255 - mean) / std. Grey of 16 bits is to be scaled before.
         """
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        size = [int(self.pixels["size"] * side / min(image.size)) for side in image.size]
-        image = image.convert("RGB").resize(size, self.pixels["resample"])
-        crop = self.image_size
+        mean, std, resample, crop = self.settings["pixels"]
+        size = [int(crop * side / min(image.size)) for side in image.size]
         left, top = ((side - crop) // 2 for side in size)
+        image = image.convert("RGB").resize(size, resample)
         x = np.asarray(image.crop((left, top, left + crop, top + crop)), np.float32) / 255
-        x = (x - np.float32(self.pixels["mean"])) / np.float32(self.pixels["std"])
+        x = (x - np.float32(mean)) / np.float32(std)
         return torch.from_numpy(x).permute(2, 0, 1).contiguous()
 
-    @torch.no_grad()
-    def embed(self, tower, settings, *inputs):
-        """(N, D) of a tower; InputError if a weight's NaN or infinity has reached them."""
-        device = self.tensors["logit_scale"].device
-        embeddings = tower(self.tensors, *(x.to(device) for x in inputs), **settings)
-        if not torch.isfinite(embeddings).all():
-            raise misfit(self.path, "finite weights", "embeddings with NaN or infinity")
-        return embeddings
+    def word_pieces(self, word):
+        """Ids of a word: the first best pair of neighbours is joined until none is known."""
+        hidden = [*range(33), *range(127, 161), 173]  # bytes for which other characters stand
+        parts = [chr(256 + hidden.index(b) if b in hidden else b)
+                 for b in word.encode("utf-8", "replace")]
+        parts[-1] += "</w>"
+        while known := [(self.ranks[pair], at) for at in range(len(parts) - 1)
+                        if (pair := tuple(parts[at:at + 2])) in self.ranks]:
+            at = min(known)[1]
+            parts[at:at + 2] = ["".join(parts[at:at + 2])]
+        return [self.vocab.get(part, self.end) for part in parts]
 
-    def encode_image(self, pixels):
-        """(N, D), not normalised, of pixels (N, 3, H, W) from `preprocess`."""
-        return self.embed(image_tower, self.image, pixels)
+    def split(self, text):
+        """Words of a text, as those of Hugging Face's CLIPTokenizerFast."""
+        # A literal "<|endoftext|>" is plain text. Unlike CLIP's expression, Python's lower() treats
+        # a final sigma apart, letters hold the numerals Nl and No, \x1c to \x1f are white space.
+        text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
+        numerals = "".join({c for c in text if unicodedata.category(c) in ("Nl", "No")})
+        return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{numerals}]+|[\d{numerals}]|"
+                          r"(?:[^\s\w]|[_\x1c-\x1f])+", text)
 
-    def encode_text(self, texts):
-        """(N, D), not normalised, of a list of N texts."""
-        ids = [torch.tensor(self.tokenizer(text, self.context)) for text in texts]
-        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        return self.embed(text_tower, self.text, ids, (ids == self.tokenizer.end).int().argmax(1))
+    def transformer(self, w, tower, x, read):
+        """(N, 1, W): the tokens at `read` (N,) of x (N, L, W) after all blocks."""
+        depth, heads, activation = self.settings[tower].values()
+        act, factor = ACTIVATIONS[activation]
+        for layer in range(depth):
+            x = block(w, f"{tower}_model.encoder.layers.{layer}.", BLOCK, x, heads, None,
+                      tower == "text", read if layer == depth - 1 else None, act, factor)
+        return x
 
+    def image_tower(self, w, pixels):
+        """Embeddings (N, D), not normalised, of pixels (N, 3, H, H)."""
+        size = w[PATCHES].shape[2:]
+        x = F.unfold(pixels, size, stride=size).transpose(1, 2).contiguous()
+        x = F.linear(x, w[PATCHES].flatten(1))  # the convolution
+        x = torch.cat([w[CLASS].expand(len(x), 1, -1), x], 1) + w[PLACES]
+        x, first = norm(w, "vision_model.pre_layrnorm", x), x.new_zeros(len(x), dtype=torch.long)
+        x = self.transformer(w, "vision", x, first)
+        return norm(w, "vision_model.post_layernorm", x[:, 0]) @ w["visual_projection.weight"].T
+
+    def text_tower(self, w, tokens, lengths):
+        """Embeddings (N, D), not normalised, of ids (N, L) or token embeddings (N, L, W)."""
+        x = F.embedding(tokens, w[WORDS]) if tokens.ndim == 2 else tokens
+        x = self.transformer(w, "text", x + w[CONTEXT][:x.shape[1]], lengths - 1)
+        return norm(w, "text_model.final_layer_norm", x[:, 0]) @ w["text_projection.weight"].T
 
 load_clip = CLIP  # each family's module has a load_<family>(folder)

@@ -1,227 +1,147 @@
-"""Dermoscopy phantoms: drawings that carry the seven criteria of Derm7p, in Derm7p's own layout.
+"""The demo: drawn skin lesions that carry Derm7p's seven criteria, in Derm7p's own layout.
 
-Entirely synthetic: no patient, no medical meaning. The method runs, and is tested, without data.
+Entirely synthetic: no patient, no medical meaning. `python -m weights.phantoms` trains the demo's
+CLIP anew (6 min): it learns the criteria's words in another clinic, whose CAMERA differs and where
+rare signs are common, so that zero-shot, as a foundation model's, meets a domain gap.
 """
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
+from safetensors.torch import save_file
 
-SIZE = 96  # pixels
-Y, X = np.mgrid[:SIZE, :SIZE].astype(np.float32)
-STYLE = {  # colours, and (low, high) of what differs between two images of one clinic
-    "skin": ((188, 151, 136), (229, 195, 177)), "melanin": (.58, .85, 1), "base": (.25, .5),
-    "blood": (160, 37, 58), "veil": (130, 151, 179), "scar": (232, 224, 216), "blur": (.2, .6),
-    "grey": (95, 107, 117), "gain": ((.88, .91, .93), (1.01, 1.07, 1.08)), "vignette": (0, .3),
-    "noise": (2, 6), "hairs": 5, "bubbles": 3, "radius": (28, 40), "ragged": (.03, .12),
-    "mesh": (6.5, 9), "ink": (.8, 1.2), "width": 1., "shift": 6}
-META = (
-    "case_num,diagnosis,seven_point_score,pigment_network,streaks,pigmentation,"
-    "regression_structures,dots_and_globules,blue_whitish_veil,vascular_structures,"
-    "level_of_diagnostic_difficulty,elevation,location,sex,management,clinic,derm,case_id,notes")
-VESSELS = {  # how many, length (pixels), bend and wobble (radians), width (pixels)
-    "absent": (0, 0, 0, 0, 0), "arborizing": (1, 34, 0, .15, 2.6), "comma": (9, 9, 2.4, 0, 2.2),
-    "hairpin": (10, 13, 3.3, 0, 1), "within regression": (14, 14, 0, .7, .8),
-    "wreath": (18, 7, 3, 0, 1.3), "dotted": (45, 0, 0, 0, 1.2),
-    "linear irregular": (9, 20, 0, .12, 1.5)}
+from data_prep import DERM7P, TEMPLATE, combination_name
 
+from .clip import load_clip
 
-def soft(field, sharpness):
-    """0..1: the logistic function of field * sharpness."""
-    return 1 / (1 + np.exp(-sharpness * field))
+SIZE, CAMERA = 96, (.5, .09, .09, 0, .11, .58, .11, 0, .11, .11, .64, 0)  # pixels; RGB to its RGB
+GRID = np.arange(SIZE) + 1j * np.arange(SIZE)[:, None]  # pixels as complex numbers: x + iy
+SKIN, TAN, BROWN, RED, VEIL, GREY, WHITE = np.array([(212, 172, 155), (126, 84, 62), (70, 38, 25),
+    (150, 25, 50), (125, 150, 185), (90, 104, 118), (236, 226, 216)])
+SENTENCES = TEMPLATE, "{}", "dermoscopy of {}.", "skin lesion showing {}."
+MARKS = (  # how many, sector, from, to (radii), turn, length, bend, width, ragged, blur, colour
+    ("pigmentation", "diffuse regular", 40, 6.3, 0, .75, 0, 0, 0, 16, 0, 3, TAN),
+    ("pigmentation", "diffuse irregular", 9, 4, .1, .7, 0, 0, 0, 19, .5, 2, BROWN),
+    ("pigmentation", "localized regular", 1, 0, 0, 0, 0, 0, 0, 24, .2, 2.5, BROWN),
+    ("pigmentation", "localized irregular", 5, .9, .5, .7, 0, 0, 0, 14, .6, 1.5, BROWN),
+    ("streaks", "regular", 24, 6.3, .84, .86, 0, 11, 0, 1.6, .1, 0, BROWN),
+    ("streaks", "irregular", 11, 2, .85, .9, .2, 17, .4, 1.8, .5, 0, BROWN),
+    ("dots_and_globules", "regular", 30, 6.3, 0, .85, 0, 0, 0, 2.6, .1, 0, BROWN),
+    ("dots_and_globules", "irregular", 20, 1.6, .2, 1, 0, 0, 0, 3, .7, 0, BROWN),
+    ("regression_structures", "white areas/combinations", 5, 1.2, .2, .6, 0, 0, 0, 14, 0, 2, WHITE),
+    ("regression_structures", "blue areas/combinations", 50, 1.5, .1, .7, 0, 0, 0, 2, .5, .4, GREY),
+    ("blue_whitish_veil", "present", 6, 2, .1, .6, 0, 0, 0, 20, .3, 3, VEIL),
+    ("vascular_structures", "arborizing", 7, .5, .9, 1, 3, 38, .6, 1.5, .4, 0, RED),
+    ("vascular_structures", "comma", 9, 6.3, .2, .8, 3, 9, 2.4, 2.2, .2, 0, RED),
+    ("vascular_structures", "hairpin", 10, 6.3, .2, .8, 3, 14, 3.6, 1, .1, 0, RED),
+    ("vascular_structures", "within regression", 14, 1, .2, .6, 3, 13, 1.2, .9, .3, 0, RED),
+    ("vascular_structures", "wreath", 18, 6.3, .85, .85, 1.6, 7, 2, 1.4, .1, 0, RED),
+    ("vascular_structures", "dotted", 45, 6.3, .05, .95, 0, 0, 0, 1.8, .2, 0, RED),
+    ("vascular_structures", "linear irregular", 9, 6.3, .1, .9, 3, 20, .3, 1.5, .6, 0, RED),
+    ("nuisance", "hairs", 6, 6.3, .6, 1.4, 1.5, 90, .5, .7, .3, 0, 0 * SKIN))
 
+def draw_marks(rgb, rng, centre, radius, row):
+    """Draw a row of MARKS (radians, pixels), dots or lines that end in one, over rgb (H, W, 3)."""
+    count, sector, near, far, turn, length, bend, width, ragged, blur, colour = row
+    canvas, first = Image.new("L", (2 * SIZE, 2 * SIZE)), rng.uniform(0, 2 * np.pi)
+    for k in range(count):
+        side, size = rng.choice([-1, 1]), rng.uniform(1 - ragged, 1 + ragged)
+        angle = first + sector * (.618 * k % 1) + .3 * ragged * rng.standard_normal()
+        away = radius * (near + (far - near) * ((k + .5) / count) ** .5)
+        headings = angle + side * (turn * rng.uniform(.8, 1) + bend * np.arange(9) / 8)
+        steps = length * size / 9 * np.exp(1j * headings)
+        path = 2 * (centre + away * np.exp(1j * angle) + steps.cumsum()).view(float)
+        pen, (x, y), half = ImageDraw.Draw(canvas), path[-2:], size * width
+        pen.line(path.tolist(), 255, max(1, round(2 * width)), "curve")
+        pen.ellipse([x - half, y - half, x + half, y + half], 255)
+    alpha = np.asarray(canvas.filter(ImageFilter.GaussianBlur(2 * blur)).reduce(2)) / 255
+    return rgb + .8 * alpha[..., None] * (colour - rgb)
 
-def noise(rng, cells):
-    """A smooth random field (SIZE, SIZE); the more cells, the finer its grain."""
-    coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
-
-
-def curve(rng, start, angle, length, bend=0., wobble=0.):
-    """Eleven points of a walk from `start` that turns by `bend` half-way and wobbles all along."""
-    turns = bend * soft(np.linspace(-.5, .5, 10), 9) + angle
-    turns = turns + wobble * rng.standard_normal(10).cumsum()
-    moves = .1 * length * np.stack([np.cos(turns), np.sin(turns)], 1)
-    return start + np.vstack([np.zeros(2), moves.cumsum(0)])
-
-
-def coverage(strokes, scale=1.):
-    """0..1, how far [(a dot (2,) or a line (n, 2), width), ...] cover each pixel (SIZE, SIZE)."""
-    canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
-    pen = ImageDraw.Draw(canvas)
-    for points, width in strokes:
-        points, width = 2 * points, width * scale
-        if points.ndim == 1:
-            pen.ellipse([*(points - width), *(points + width)], 255)
-        else:
-            pen.line(points.ravel().tolist(), 255, max(1, round(2 * width)), "curve")
-    return np.asarray(canvas.reduce(2), np.float32) / 255
-
-
-class Lesion:
-    """One lesion: an outline, the places in it, and its signs, drawn with one rng and style."""
-
-    def __init__(self, rng, style):
-        self.rng, self.style = rng, style
-        self.centre = SIZE / 2 + rng.uniform(-1, 1, 2) * style["shift"]
-        self.radius, self.orders = rng.uniform(*style["radius"]), np.arange(2, 7)
-        self.waves = rng.normal(0, rng.uniform(*style["ragged"]), 5) / np.sqrt(self.orders)
-        self.phase, self.squash = rng.uniform(0, 2 * np.pi, 5), rng.uniform(.78, 1)
-        dx, dy = X - self.centre[0], (Y - self.centre[1]) / self.squash
-        self.inside = self.edge(np.arctan2(dy, dx)) - np.hypot(dx, dy)  # pixels to the outline
-        self.mask = soft(self.inside, rng.uniform(.5, 1.5))
-
-    def edge(self, angle):
-        """Pixels from the centre to the outline, in each direction."""
-        waves = np.cos(np.multiply.outer(angle, self.orders) + self.phase)
-        return self.radius * (1 + waves @ self.waves)
-
-    def place(self, angle, far):
-        """(x, y) in a direction; far: 0 in the centre, 1 on the outline."""
-        step = np.array([np.cos(angle), np.sin(angle) * self.squash])
-        return self.centre + self.edge(angle) * far * step
-
-    def patch(self, spot, size, cells=5, rough=.35):
-        """A soft patch (SIZE, SIZE) around a spot, `size` as a share of the radius."""
-        far = np.hypot(X - spot[0], Y - spot[1]) / (size * self.radius)
-        return soft(1 - far + rough * noise(self.rng, cells), 6) * self.mask
-
-    def marks(self, labels):
-        """How far streaks and dots cover each pixel: even, all round, or uneven, on one side."""
-        uniform, place, strokes = self.rng.uniform, self.place, []
-        first, even = uniform(0, 2 * np.pi), labels["streaks"] == "regular"
-        for k in range({"absent": 0, "regular": 22, "irregular": 11}[labels["streaks"]]):
-            angle = first + (k * np.pi / 11 if even else uniform(0, 2.2))
-            tip = place(angle, 1.22 if even else uniform(1.1, 1.45))
-            stem = np.stack([place(angle, .85), tip])
-            strokes += [(stem, 1.1 if even else uniform(.8, 2.2)), (tip, 1.5 if even else .4)]
-        first, even = uniform(0, 2 * np.pi), labels["dots_and_globules"] == "regular"
-        for k in range({"absent": 0, "regular": 26, "irregular": 20}[labels["dots_and_globules"]]):
-            angle = first + (2.4 * k if even else self.rng.normal(0, .55))  # 2.4: a sunflower
-            far = .8 * np.sqrt((k + .5) / 26) if even else uniform(.15, .95)
-            strokes.append((place(angle, far), 1.45 if even else uniform(.8, 3.2)))
-        return coverage(strokes, self.style["width"])
-
-    def vessels(self, kind, scar):
-        """How far the vessels of one expression cover each pixel; `scar`: where regression is."""
-        rng, strokes = self.rng, []
-        count, length, bend, wobble, width = VESSELS[kind]
-        for k in range(count):
-            around, angle, far = *rng.uniform(0, 2 * np.pi, 2), .85 * np.sqrt(rng.uniform())
-            around, angle, far = {
-                "wreath": (k * np.pi / 9, k * np.pi / 9 + 1, .82),
-                "arborizing": (around, around + np.pi, .95)}.get(kind, (around, angle, far))
-            inside = kind == "within regression"
-            start = scar + rng.normal(0, 5, 2) if inside else self.place(around, far)
-            uneven = rng.uniform(.5, 1.5) if kind == "linear irregular" else 1
-            line = curve(rng, start, angle, length * uneven, bend * rng.choice([-1, 1]), wobble)
-            strokes.append((line if length else start, width * uneven))
-        for fork in (4, 4, 6, 6, 8, 8, 10) if kind == "arborizing" else ():
-            side = angle + rng.choice([-1, 1]) * rng.uniform(.5, 1.1)
-            twig = curve(rng, line[fork], side, 16, 0, .2)
-            strokes += [(twig, 1.5), (curve(rng, twig[5], rng.uniform(0, 6.3), 9), 1)]
-        return coverage(strokes, self.style["width"])
-
-    def melanin(self, labels, corner):
-        """Optical depth (SIZE, SIZE) of the ground, pigmentation, network, streaks and dots."""
-        rng, mask = self.rng, self.mask
-        depth = mask * (rng.uniform(*self.style["base"]) + .04 * noise(rng, 6))
-        ink = rng.uniform(*self.style["ink"])
-        pigment = {
-            "absent": 0 * mask, "diffuse regular": .65 * mask,
-            "diffuse irregular": mask * soft(noise(rng, 5), 5),
-            "localized regular": 1.1 * self.patch(self.centre, .42, rough=0),
-            "localized irregular": 1.2 * self.patch(corner, .42, 9, .6)}[labels["pigmentation"]]
-        if labels["pigment_network"] != "absent":  # a honeycomb; atypical: warped, broken, uneven
-            odd = labels["pigment_network"] == "atypical"
-            x, y = (c + (2.2 if odd else .3) * noise(rng, 8) for c in (X, Y))
-            turns = rng.uniform(0, np.pi / 3) + np.array([0, 2, 4]) * np.pi / 3
-            pitch = 7.2 / rng.uniform(*self.style["mesh"])
-            waves = sum(np.cos(pitch * (x * np.cos(turn) + y * np.sin(turn))) for turn in turns)
-            lines = soft(-waves - (.5 * noise(rng, 6) if odd else .25), 4)
-            mesh = 1.7 * lines * soft(noise(rng, 5) - .1, 5) if odd else lines
-            pigment = pigment + .75 * soft(self.inside - 2, .5) * mesh
-        return depth + ink * (pigment + 1.3 * self.marks(labels))
-
-
-def photograph(rgb, rng, style):
-    """PIL image of rgb (SIZE, SIZE, 3) with what no label names: bubbles, light, blur, noise."""
-    for _ in range(rng.integers(style["bubbles"] + 1)):
-        left, top, size = rng.uniform((0, 0, 2), (SIZE, SIZE, 5))
-        rgb = rgb + 45 * np.exp(-(np.hypot(X - left, Y - top) - size) ** 2)[..., None]
-    shade = rng.uniform(*style["vignette"]) * np.hypot(X - SIZE / 2, Y - SIZE / 2) ** 2 / 48 ** 2
-    rgb = rgb * (1 - shade[..., None]) * rng.uniform(*style["gain"])
-    image = Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8))
-    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*style["blur"])))
-    rgb = np.asarray(image) + rng.normal(0, rng.uniform(*style["noise"]), (SIZE, SIZE, 1))
-    return Image.fromarray(np.clip(rgb, 0, 255).astype(np.uint8))
-
-
-def draw_phantom(labels, rng, style=STYLE):
+def draw_phantom(labels, rng):
     """One synthetic lesion (PIL image, SIZE x SIZE) that shows `labels` {criterion: expression}."""
-    lesion, layers = Lesion(rng, style), []
-    scar, pepper, veil, corner = (lesion.place(rng.uniform(0, 2 * np.pi), rng.uniform(*far))
-                                  for far in ((.25, .5), (.25, .5), (.25, .5), (.6, .7)))
-    depth = lesion.melanin(labels, corner)
-    skin = np.array(style["skin"][0]) + rng.uniform() * np.subtract(*style["skin"][::-1])
-    rgb = (skin + 4 * noise(rng, 8)[..., None]) * np.exp(-depth[..., None] * style["melanin"])
-    # What lies above the pigment: regression, veil, vessels, hairs.
-    if labels["regression_structures"] in ("white areas", "combinations"):
-        layers.append((.8 * lesion.patch(scar, .45), style["scar"]))
-    if labels["regression_structures"] in ("blue areas", "combinations"):
-        dust = lesion.patch(pepper, .45) * (.3 + .6 * soft(noise(rng, 40) - .4, 4))
-        layers.append((dust, style["grey"]))
-    if labels["blue_whitish_veil"] == "present":
-        layers.append((.75 * lesion.patch(veil, .6, 4), style["veil"]))
-    kind = labels["vascular_structures"]
-    if kind == "within regression":
-        layers.append((.5 * lesion.patch(scar, .4), np.array(style["scar"]) - (0, 25, 25)))
-    layers.append((.85 * lesion.vessels(kind, scar), style["blood"]))
-    for _ in range(rng.integers(style["hairs"] + 1)):
-        hair = curve(rng, rng.uniform(0, SIZE, 2), rng.uniform(0, 2 * np.pi), 80, .6)
-        layers.append((.7 * coverage([(hair, .6)]), (0, 0, 0)))
-    for alpha, colour in layers:
-        rgb = rgb + np.clip(alpha, 0, 1)[..., None] * (np.array(colour) - rgb)
-    return photograph(rgb, rng, style)
-
+    centre, radius = complex(*rng.uniform(43, 53, 2)), rng.uniform(27, 38)
+    field, dx, dy = (np.asarray(Image.fromarray(coarse).resize((SIZE, SIZE), 3)) for coarse in
+                     rng.standard_normal((3, 6, 6)).astype(np.float32))  # smooth noise
+    inside = radius * (1 + .1 * field) - abs(GRID - centre)  # pixels to the outline
+    rgb = SKIN * rng.uniform(.85, 1.08)
+    # The network is a honeycomb of three waves; an atypical one is warped, uneven and broken.
+    odd, pitch = labels["pigment_network"] == "atypical", rng.uniform(.75, 1)
+    warped = pitch * np.exp(1j * rng.uniform(0, np.pi)) * (GRID + (2.4 * odd + .2) * (dx + 1j * dy))
+    waves = sum(np.cos((warped * np.exp(1j * turn)).real) for turn in (0, 2.094, 4.189))
+    mesh = np.clip(.3 - waves, 0, 1) * (np.clip(.4 + 1.5 * dx, 0, 1.5) if odd else 1)
+    ground = rng.uniform(.2, .4) + .5 * mesh * (labels["pigment_network"] != "absent")
+    rgb = rgb + (ground * np.clip(inside / 5 + .5, 0, 1))[..., None] * (BROWN - rgb)
+    labels = labels | {"nuisance": rng.choice(["hairs", "none"])}
+    for criterion, expressions, *row in MARKS:
+        if labels[criterion] in expressions.split("/"):
+            rgb = draw_marks(rgb, rng, centre, radius, row)
+    rgb = rgb * rng.uniform(.92, 1.05, 3) + rng.normal(0, 4, (SIZE, SIZE, 1))  # light, noise
+    rgb = rgb * (1 - rng.uniform(0, .2) * abs(GRID / 48 - 1 - 1j) ** 2)[..., None]  # vignette
+    rgb = np.clip(rgb, 0, 255).astype(np.uint8)
+    return Image.fromarray(rgb).filter(ImageFilter.GaussianBlur(rng.uniform(.2, .8)))
 
 def draw_labels(criteria, rng):
-    """1,011 rows {split, diagnosis, criterion: expression}, Derm7p's counts in each split.
-
-    A Gaussian copula: a hidden severity orders the lesions, and each criterion follows it in part.
-    """
+    """1,011 rows (split, *expressions) in Derm7p's numbers, correlated by a hidden severity."""
     rows = []
-    for part, (split, melanomas) in enumerate({"train": 90, "valid": 61, "test": 101}.items()):
-        severity = rng.standard_normal(sum(n[1 + part] for n in criteria["streaks"].values()))
-        worst = severity >= np.sort(severity)[-melanomas]
-        table = {"diagnosis": np.where(worst, "melanoma (in situ)", "clark nevus")}
-        for criterion, known in criteria.items():
-            pool = sorted((score, rng.uniform(), e) for e, (score, *counts) in known.items()
-                          for _ in range(counts[part]))
-            rank = np.argsort(.6 * severity + .8 * rng.standard_normal(len(pool))).argsort()
-            table[criterion] = [pool[i][2] for i in rank]
-        rows += [{"split": split, **dict(zip(table, row, strict=True))}
-                 for row in zip(*table.values(), strict=True)]
-    return rng.permutation(rows)
-
+    for part, (split, size) in enumerate({"train": 413, "valid": 203, "test": 395}.items(), 1):
+        severity, columns = rng.standard_normal(size), []
+        for known in criteria.values():  # its expressions stand from harmless to severe
+            rank = (.6 * severity + .8 * rng.standard_normal(size)).argsort().argsort()
+            columns.append(np.repeat([*known], [counts[part] for counts in known.values()])[rank])
+        rows += [(split, *row) for row in zip(*columns, strict=True)]
+    return rng.permutation(rows).tolist()
 
 def write_demo_release(folder, criteria, seed=0):
     """Write 1,011 synthetic lesions as Derm7p's release_v0 into `folder`; same seed, same bytes.
 
-    criteria: {criterion: {expression: (score, rows in train, valid, test)}}, kept in every split
-    (413, 203, 395); 252 rows are called melanoma. No patient, no medical meaning. About 9 s.
+    criteria: {criterion: {expression: (score, rows in train, valid, test)}}, kept in every split.
     """
-    folder, tables = Path(folder), {"meta": [META]}
-    for i, row in enumerate(draw_labels(criteria, np.random.default_rng(seed))):
-        path = f"P{i // 30:02d}/P{i:04d}.jpg"
-        (folder / "images" / path).parent.mkdir(parents=True, exist_ok=True)
-        image = draw_phantom(row, np.random.default_rng([seed, i]))
-        image.save(folder / "images" / path, quality=92)
-        row |= {"case_num": i + 1, "clinic": path, "derm": path, "case_id": "",
-                "seven_point_score": sum(criteria[c][row[c]][0] for c in criteria),
-                "notes": "synthetic; clinic is derm"}
-        tables["meta"].append(",".join(str(row.get(c, "synthetic")) for c in META.split(",")))
-        tables.setdefault(f"{row['split']}_indexes", ["indexes"]).append(str(i))
+    tables, folder, rng = {}, Path(folder), np.random.default_rng(seed)
+    for i, (split, *expressions) in enumerate(draw_labels(criteria, rng)):
+        labels, name = dict(zip(criteria, expressions, strict=True)), f"P{i // 30:02d}/P{i:04d}.jpg"
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        image = draw_phantom(labels, np.random.default_rng([seed, i]))
+        image.save(folder / "images" / name, quality=92)
+        score = sum(criteria[c][e][0] for c, e in labels.items())
+        row = {"case_num": i + 1, "diagnosis": ("clark nevus", "melanoma")[score > 2],
+               "seven_point_score": score, **labels, "derm": name, "case_id": "", "notes": "drawn"}
+        tables.setdefault("meta", [",".join(row)]).append(",".join(map(str, row.values())))
+        tables.setdefault(f"{split}_indexes", ["indexes"]).append(str(i))
     (folder / "meta").mkdir(exist_ok=True)
     for name, lines in tables.items():
         (folder / "meta" / f"{name}.csv").write_bytes("\n".join([*lines, ""]).encode())
+
+def pretrain(folder, steps=2000, batch=32):
+    """Train the checkpoint in `folder` anew; its sizes, vocabulary and scale stay.
+
+    Each lesion suits 7 or 8 of 29 sentences: SigLIP's loss over all pairs (Zhai et al. 2023).
+    """
+    model, rng = load_clip(folder), np.random.default_rng(0)
+    lesions = [{c: "absent" if rng.random() < .4 else str(rng.choice([*known]))
+                for c, known in DERM7P.items()} for _ in range(6000)]
+    images = (draw_phantom(lesion, rng).convert("RGB", CAMERA) for lesion in lesions)
+    pixels = torch.stack([model.preprocess(image) for image in images])
+    signs = [(c, e) for c, known in DERM7P.items() for e in known]
+    suits = torch.tensor([[*(row[c] == e for c, e in signs), not any(
+        DERM7P[c][e][0] for c, e in row.items())] for row in lesions]).float()  # (6000, 29)
+    w = {name: torch.tensor(rng.normal("norm" in name and "weight" in name, .06, t.shape)).float()
+         for name, t in model.tensors.items()} | {"logit_scale": model.tensors["logit_scale"]}
+    adam = torch.optim.AdamW([t.requires_grad_() for t in w.values()], betas=(.9, .98))
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 1e-3 * min(step / 100, 1 - step / steps)
+        some = torch.from_numpy(rng.choice(len(pixels), batch, replace=False))
+        image = model.image_tower(w, torch.rot90(pixels[some], step, (2, 3)))
+        texts = [rng.choice(SENTENCES).format(combination_name(*sign)) for sign in signs]
+        text = model.text_tower(w, *model.tokenize([*texts, "No finding."]))
+        cosine = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (batch, 29)
+        loss = F.binary_cross_entropy_with_logits(model.logit_scale * cosine - 1, suits[some])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        print(f"\rstep {step + 1} of {steps}: loss {loss.item():.3f}", end="", flush=True)
+    save_file({name: t.detach().half() for name, t in w.items()}, folder / "model.safetensors")
+
+if __name__ == "__main__":
+    pretrain(Path(__file__).parent / "demo")
