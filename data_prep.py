@@ -55,7 +55,7 @@ def write_prepared(folder, root, backbone, template, tasks, samples, note="", ex
             split = {row[0]: row[3] for row in samples if name in row[2].split(";")}
             counts = [*map([*split.values()].count, ("train", "valid", "test")), len(split), known]
             print(f"{name:46}", *(f"{n:6}" for n in counts), f"{len(split) - known:+10}")
-        print(f"{folder} is ready: python scale.py --dataset {folder.name} --frac 0.05")
+        print(f"{folder} is ready: python scale.py --dataset {folder} --frac 0.05")
 
 
 # ---- Derm7p: the 28 expressions of the seven-point checklist -------------------------------------

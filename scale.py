@@ -12,9 +12,9 @@ It reads in the order in which data flow. `grep -n '^# ----' scale.py` prints it
 
 Glossary: name in the code, symbol in the paper, shape
     images           f_image   (N, D)   frozen, unit length, one row an image
-    texts            f_text    (H, D)   frozen, unit length, one row a prompt
+    texts            f_text    (H+1, D) frozen, unit length, a row a prompt, "No finding." last
     adapter, alpha   A, alpha           two-layer bottleneck and its learnt mixing weight (Eq. 1)
-    similarities     Q         (N, N)   cosine of image i and the text of image j
+    a @ b.T          Q         (N, N)   cosine of image i and the text of image j, never formed
     z                Z         (N, H)   cosine of image i and combination h: Q[:, k(h)]
     combination      h, g      H        class-concept combination, "diffuse irregular pigmentation"
     concept, class   l, c      L, C     what h is made of; z_l, z_c are maxima over their h
@@ -71,7 +71,7 @@ class Config:
     method: str = flag("zeroshot,linear-weighted,scale", "comma list, or all", False)
     backbone: str = flag("", "name in weights/ or a folder; default: the data set's own", False)
     splits: int = flag(0, "stratified subsets; 0: five, as the paper; one at 1", False, (-1, 1000))
-    seed: int = flag(0, "seed of the first subset and of its training", False)
+    seed: int = flag(0, "seed of the first subset and of its training", False, (-1, 10**9))
     data: str = flag("data", "where the prepared folders lie", False)
     out: str = flag("runs", "where the runs and the cache of embeddings go", False)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", False)
@@ -102,7 +102,7 @@ def parse(argv):
         if fits and not (re.fullmatch(fits, value) if isinstance(fits, str) else
                          fits[0] < value <= fits[1]):
             form = f"match {fits}" if isinstance(fits, str) else "be above %g, at most %g" % fits
-            raise InputError(f"--{f.name} {value} must {form}.")
+            raise InputError(f"--{f.name.replace('_', '-')} {value} must {form}.")
     return config
 
 
@@ -184,8 +184,8 @@ def read_rows(rows, taxonomy):
         labels, split = [name for name in row["labels"].split(";") if name], row["split"]
         if unknown := [name for name in labels if name not in column]:
             raise ValueError(f"row {number}: label {unknown[0]!r} is not in taxonomy.json")
-        if split not in ("train", "valid", "test"):
-            raise ValueError(f"row {number}: split {split!r} is not train, valid or test")
+        if split not in ("train", "valid", "test") or not row["image"]:
+            raise ValueError(f"row {number}: no image, or split {split!r} not train, valid or test")
         for key in ("image", "patient"):
             if row.get(key) and home.setdefault((key, row[key]), split) != split:
                 raise ValueError(f"row {number}: {key} {row[key]} is in another split too")
@@ -264,6 +264,9 @@ def open_image(path):
     with reading(path, "restore the image, or drop its row from samples.csv"):
         image = Image.open(io.BytesIO(Path(path).read_bytes()))
         image.load()
+        if image.mode[0] in "IF":  # more than 8 bits: scaled by its maximum, Pillow would saturate
+            x = np.asarray(image, np.float32).clip(0)
+            image = Image.fromarray((x * (255 / max(x.max(), 1))).round().astype(np.uint8))
         return image
 
 def embed(backbone, images, texts, cache_file, batch=32):
@@ -309,8 +312,8 @@ def decode_ahead(preprocess, files, chunks):
                 yield keys, torch.stack(list(pixels))
 
 def digest_file(path):
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
+    """sha256 of a file's bytes; InputError if it cannot be read."""
+    with reading(path, "restore it, or drop its row from samples.csv"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -409,10 +412,12 @@ class Embedded:
         the pairs with its combination (Zhang and Wu, 2024).
         """
         rows = torch.as_tensor(rows)
-        if all(task["exclusive"] for task in self.taxonomy.tasks):
+        exclusive = all(task["exclusive"] for task in self.taxonomy.tasks)
+        if len(self.taxonomy.tasks) > 1 and (len(self.sentences) or not exclusive):
+            raise InputError("tasks with several labels or with texts of their own are trained one "
+                             "at a time: add --criterion NAME.")
+        if exclusive:
             return rows, self.truth(rows)
-        if len(self.taxonomy.tasks) > 1:
-            raise InputError("multi-label tasks are trained one at a time: add --criterion NAME.")
         image, h = self.truth(rows).nonzero(as_tuple=True)
         return rows[image.cpu()], F.one_hot(h, self.sentence.shape[1]).bool()
 
@@ -504,7 +509,7 @@ def fit_coop(data, rows, config, generator, log):
     """
     backbone, (rows, truth) = data.backbone(), data.pairs(rows)
     names = [*data.taxonomy.combination.names, data.origin["prompts"][-1]]
-    tokens, lengths = backbone.tokenize(names)
+    tokens, lengths = (x.to(data.images.device) for x in backbone.tokenize(names))
     words = backbone.word_table[tokens]  # (H + 1, L, W)
     room = min(16, backbone.context - words.shape[1])
     context = torch.empty(room, words.shape[2]).normal_(std=.02, generator=generator)
@@ -639,7 +644,8 @@ def write_run(folder, settings, log, state, metrics, samples, test, margins):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "labels", *names])
         for n, values in zip(test, margins.tolist(), strict=True):
-            writer.writerow([samples.images[n].name, ";".join(names[samples.sentence[n] >= 0]),
+            shown = ";".join(names[samples.sentence[n].numpy() >= 0])
+            writer.writerow(["/".join(samples.images[n].parts[-2:]), shown,
                              *(f"{value:.6g}" for value in values)])
     save_file({name: tensor.detach().cpu() for name, tensor in state.items()},
               unfinished / "adapter.safetensors", {"config": settings})
@@ -734,8 +740,8 @@ def find_folder(config):
     if config.dataset == "demo":
         from data_prep import prepare_demo
         return prepare_demo(Path(config.data))
-    raise InputError(f"{Path(config.data) / config.dataset} is no prepared folder: get the release "
-                     f"(README, Data), then python data_prep.py {config.dataset} path/to/it.")
+    raise InputError(f"{Path(config.data) / config.dataset} is no prepared folder: write it as the "
+                     "README says, or run python data_prep.py derm7p|padchest-gr path/to/release.")
 
 def embed_dataset(config):
     """Everything that all runs share: Embedded, on the device."""
@@ -768,9 +774,9 @@ def embed_dataset(config):
 
 def run(config):
     """All methods on all splits of one fraction, or of all; prints the tables."""
-    clip = "clip-zeroshot"  # it needs another checkpoint
+    clip, found = "clip-zeroshot", any((HERE / "weights" / "clip").glob("*.safetensors"))
     names = config.method.split(",") if config.method != "all" else [
-        name for name in METHODS if name != clip or (HERE / "weights" / "clip").exists()]
+        name for name in METHODS if found or name != clip]  # it needs another checkpoint
     for name in set(names) - METHODS.keys():
         raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
     data = embed_dataset(config)
@@ -779,7 +785,7 @@ def run(config):
             for frac in ((.05, .1, .25, .5, 1.) if config.sweep else (config.frac,))
             for name in names for split in range(config.splits or (1 if frac == 1 else 5))]
     given = [other if job.method == clip else data for job in jobs]
-    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(min(32, os.cpu_count()), None, torch.set_num_threads, (1,)) as pool:
         # Choice: on a CPU a process a core; on small matrices a second thread is slower.
         results = (pool.map if data.images.is_cpu else map)(run_once, jobs, given)
         runs = list(zip(jobs, progress(results, len(jobs), "run"), strict=True))

@@ -4,6 +4,7 @@ Shared: the strict check of a checkpoint (a medical backbone that loads by halve
 is the worst failure), layers, and the class `Backbone`.
 """
 import hashlib
+import inspect
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,8 +110,9 @@ class Backbone:
 
     def describe(self):
         """All beyond the tensors that changes an embedding, ready for JSON."""
-        words = b"".join(file.read_bytes() for file in self.files)
-        return self.settings | {"tokenizer": hashlib.sha256(words).hexdigest()}
+        code = Path(__file__), Path(inspect.getfile(type(self)))
+        words = b"".join(file.read_bytes() for file in (*self.files, *code))
+        return self.settings | {"files": hashlib.sha256(words).hexdigest()}
 
     def tokenize(self, texts):
         """Ids (N, L), padded with 0, and lengths (N,) of N texts: start, text cut to fit, end."""

@@ -93,12 +93,7 @@ class MedCLIP(Backbone):
         self.tensors, self.logit_scale = w, w["logit_scale"].clamp(0, 4.6052).exp().item()
 
     def preprocess(self, image):
-        """(3, 224, 224) of a PIL image: grey, padded with black to a square, as in training. More
-        than 8 bits are scaled by the image's own maximum, where Pillow would saturate.
-        """
-        if image.mode[0] in "IF":
-            x = np.asarray(image, np.float32).clip(0)
-            image = Image.fromarray((x * (255 / max(x.max(), 1))).round().astype(np.uint8))
+        """(3, 224, 224) of a PIL image: grey, padded with black to a square, as in training."""
         square = Image.new("L", (max(SIDE, *image.size),) * 2)
         square.paste(image.convert("L"), tuple((square.width - side) // 2 for side in image.size))
         x = np.asarray(square.resize((SIDE, SIDE), self.settings["resample"]), np.float32) / 255
