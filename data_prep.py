@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scale import progress, replace_file, stratified_subset
+from scale import guarded, progress, replace_file, stratified_subset
 from weights import InputError, reading
 
 HERE = Path(__file__).resolve().parent
@@ -207,7 +207,7 @@ def fetch_weights(name, given=None):
             print(f"{target} is missing; it comes from {address.replace('#', ', sha256 ')}")
 
 def main(argv=None):
-    """Exit code 0, or 2 with one sentence for the user's mistakes."""
+    """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("release", choices=("derm7p", "padchest-gr", "weights"))
@@ -218,20 +218,12 @@ def main(argv=None):
     add("--seed", default=0, type=int, help="of splits by chance [0]")
     add("--from", dest="given", type=Path, help="weights on disk: a file or a folder")
     args = parser.parse_args(argv)
-    name, folder = args.release, (args.data / args.release).resolve()
-    try:
-        if name == "weights":
-            fetch_weights(str(args.raw), args.given)
-        elif name == "derm7p":
-            prepare_derm7p(args.raw, folder)
-        else:
-            prepare_padchest(args.raw, folder, args.language, args.official_split, args.seed)
-    except (InputError, OSError) as error:
-        print(f"data_prep.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    folder = (args.data / args.release).resolve()
+    return guarded("data_prep.py", {
+        "weights": lambda: fetch_weights(str(args.raw), args.given),
+        "derm7p": lambda: prepare_derm7p(args.raw, folder),
+        "padchest-gr": lambda: prepare_padchest(args.raw, folder, args.language,
+                                                args.official_split, args.seed)}[args.release])
 
 if __name__ == "__main__":
     sys.exit(main())

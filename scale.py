@@ -485,12 +485,17 @@ def fit_scale(data, rows, config, generator, log):
     return lambda rows: data.margins(adapters["image"](data.images[rows]), texts), (
         adapters.state_dict())
 
-def fit_linear(data, rows, config, generator, log, weighted=True):
-    """Linear probe, binary cross-entropy; weighted: positives by n_neg / n_pos (Sec. 2.3.2)."""
+def fit_linear(data, rows, config, generator, log, weighted=True, zeroshot=False):
+    """Linear probe, binary cross-entropy; weighted: positives by n_neg / n_pos (Sec. 2.3.2).
+
+    zeroshot: training starts at the zero-shot classifier, as in CLAP (Silva-Rodriguez, 2024).
+    """
     images, truth = data.images[rows], data.truth(rows)
     probe = nn.Linear(images.shape[1], truth.shape[1]).to(images.device)
     nn.init.kaiming_uniform_(probe.weight, a=math.sqrt(5), generator=generator)
     nn.init.zeros_(probe.bias)
+    if zeroshot:
+        probe.weight.data = data.logit_scale * (data.texts[:-1] - data.texts[-1:])
     count = truth.sum(0)
     weight = ((len(truth) - count) / count).where(count > 0, 1.0) if weighted else None
 
@@ -533,7 +538,8 @@ def fit_coop(data, rows, config, generator, log):
 
 METHODS = {"clip-zeroshot": fit_zeroshot, "zeroshot": fit_zeroshot,
            "linear": functools.partial(fit_linear, weighted=False), "linear-weighted": fit_linear,
-           "coop": fit_coop, "scale": fit_scale}
+           "linear-zs": functools.partial(fit_linear, zeroshot=True), "coop": fit_coop,
+           "scale": fit_scale}
 
 
 # ---- 8. Metrics (Sec. 2.3.2) ---------------------------------------------------------------------
@@ -796,16 +802,20 @@ def run(config):
     if config.sweep:
         write_report(Path(config.out) / f"report-{Path(config.dataset).name}", runs, note)
 
-def main(argv=None):
-    """Exit code 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""
+def guarded(script, action):
+    """Exit code of action(): 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""
     try:
-        run(parse(argv))
+        action()
     except (InputError, OSError) as error:
-        print(f"scale.py: {error}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+def main(argv=None):
+    """Run the command line; return its exit code."""
+    return guarded("scale.py", lambda: run(parse(argv)))
 
 if __name__ == "__main__":
     sys.exit(main())

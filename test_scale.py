@@ -596,7 +596,7 @@ def test_triton_in_interpreter():
             for a, b in zip(slopes[:2], slopes[2:], strict=True):
                 assert (a - b).norm() <= 2e-6 * a.norm() + 1e-6, (n, rows, alone)
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("dtype, shape", [("fp32", (128, 64, 32)), ("bf16", (128, 128, 64))])
 @pytest.mark.parametrize("weights", [False, True])
 def test_triton_compiles_without_spills(tmp_path, arch, dtype, shape, weights):

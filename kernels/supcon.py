@@ -9,7 +9,7 @@ log-sum-exp, sum and number of positives of its rows AND its columns: of a symme
 upper triangle is enough, CLIP's two directions are one pass. Backward, it becomes dL/dlogits,
 softmax minus positives in float32 before any rounding: confident positives keep their gradient.
 No atomics: the same input, the same bits. Triton makes the tiles on a GPU (fp32 by three tf32
-products), else torch. Triton's passed its interpreter and compile for sm_80 and sm_90 (tensor
+products), else torch. Triton's passed its interpreter and compile for sm_80 to sm_100 (tensor
 cores, no spills); they have NOT yet run on a GPU.
 
     loss = supcon_loss(torch.nn.functional.normalize(features, dim=1), labels)
