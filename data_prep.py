@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scale import guarded, progress, replace_file, stratified_subset
+from scale import guarded, open_image, progress, replace_file, stratified_subset
 from weights import InputError, reading
 
 HERE = Path(__file__).resolve().parent
@@ -124,14 +124,8 @@ def padchest_labels(label, locations):
 
 def shrink(source, target):
     """Write an 8-bit grey PNG whose long side has 256 pixels."""
-    with reading(source, UNPACK):
-        image = Image.open(source)
-        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to white
-            image = image.convert("F")  # Choice: the file's maximum becomes white
-            scale = 255 / (image.getextrema()[1] or 1)
-            image = image.point(lambda value: value * scale + 0.5)
-        image.thumbnail((256, 256), Image.Resampling.BICUBIC)
-        image = image.convert("L")
+    image = open_image(source).convert("L")
+    image.thumbnail((256, 256), Image.Resampling.BICUBIC)
     replace_file(target, partial(image.save, format="PNG"))
 
 def prepare_padchest(raw, folder, language="en", official=False, seed=0):

@@ -50,7 +50,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kernels.supcon import product_supcon_loss
-from weights import InputError, read_json, reading
+from weights import InputError, reading
 from weights.clip import load_clip
 from weights.medclip import is_medclip, load_medclip
 
@@ -163,7 +163,7 @@ def read_samples(folder, criterion=""):
     """Samples of a prepared folder (of one task: `criterion`); InputError names the wrong row."""
     mend = "see README, Data, or run data_prep.py again"
     with reading(folder / "taxonomy.json", mend):
-        taxonomy = make_taxonomy(read_json(folder / "taxonomy.json"))
+        taxonomy = make_taxonomy(json.loads((folder / "taxonomy.json").read_text("utf-8")))
         root = folder / taxonomy.spec.get("root", "")
     with (reading(folder / "samples.csv", mend),
           open(folder / "samples.csv", newline="", encoding="utf-8-sig") as file):
@@ -264,7 +264,7 @@ def open_image(path):
     with reading(path, "restore the image, or drop its row from samples.csv"):
         image = Image.open(io.BytesIO(Path(path).read_bytes()))
         image.load()
-        if image.mode[0] in "IF":  # more than 8 bits: scaled by its maximum, Pillow would saturate
+        if image.mode[0] in "IF":  # over 8 bits, which Pillow would clip. Choice: maximum is white
             x = np.asarray(image, np.float32).clip(0)
             image = Image.fromarray((x * (255 / max(x.max(), 1))).round().astype(np.uint8))
         return image
@@ -468,6 +468,7 @@ def fit_scale(data, rows, config, generator, log):
         print("warning: products of raw rows of Q grow with the batch (Eq. 2)", file=sys.stderr)
 
     def objective(batch):
+        """Eq. 3 of some samples."""
         images, y = adapters["image"](data.images[rows[batch]]), truth[batch]
         bank, pairs = adapters["text"](data.texts[:-1]), None  # (H, D), all prompts
         if len(data.sentences):  # pair mixing: a random sentence of the same combination
@@ -500,6 +501,7 @@ def fit_linear(data, rows, config, generator, log, weighted=True, zeroshot=False
     weight = ((len(truth) - count) / count).where(count > 0, 1.0) if weighted else None
 
     def objective(batch):
+        """Loss of some images, one decision a column."""
         return F.binary_cross_entropy_with_logits(
             probe(images[batch]), truth[batch].float(), pos_weight=weight), {}
 
@@ -522,11 +524,13 @@ def fit_coop(data, rows, config, generator, log):
     optimizer = torch.optim.SGD([context], config.lr, momentum=.9, weight_decay=5e-4)
 
     def texts():
+        """Unit features (H + 1, D) of the names after the learnt vectors."""
         learnt = context.expand(len(words), -1, -1)
         prompts = torch.cat([words[:, :1], learnt, words[:, 1:]], 1)
         return F.normalize(backbone.text_tower(backbone.tensors, prompts, lengths + room), dim=-1)
 
     def objective(batch):
+        """Cross-entropy of some samples over the combinations."""
         rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs)
         optimizer.param_groups[0]["lr"] = config.lr * rate
         z = data.images[rows[batch]] @ texts()[:-1].T
@@ -661,7 +665,7 @@ def write_run(folder, settings, log, state, metrics, samples, test, margins):
     os.replace(unfinished, folder)
 
 
-# ---- 10. Tables and figures (Table 1, Fig. 2 to 4), as plain SVG ---------------------------------
+# ---- 10. Tables and figure (Table 1, Fig. 2 and 3), as plain SVG ---------------------------------
 OKABE_ITO = "#0072b2 #d55e00 #000 #56b4e9 #009e73 #e69f00 #777 #b8a400 #cc79a7".split()
 SHAPES = "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-4-4H4V4H-4z", "M0-5 5 0 0 5-5 0z", "M0-5 5 4H-5z"
 SVG = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" font-size="15" fill="#222" '

@@ -194,6 +194,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, local, group):
+        """(N, ...) of each of W processes -> (W N, ...)."""
         ctx.group, ctx.own = group, group.rank() * len(local)
         rows = torch.cat([local] * group.size())
         dist.all_gather_into_tensor(rows, local.contiguous(), group=group)
@@ -201,6 +202,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """Sum of what all processes found for one's own rows."""
         local = torch.empty_like(grad[: len(grad) // ctx.group.size()])
         dist.reduce_scatter_tensor(local, grad.roll(ctx.own, 0), group=ctx.group)
         return local, None

@@ -1,8 +1,8 @@
 """The demo: drawn skin lesions that carry Derm7p's seven criteria, in Derm7p's own layout.
 
 Entirely synthetic: no patient, no medical meaning. `python -m weights.phantoms` trains the demo's
-CLIP anew (6 min): it learns the criteria's words in another clinic, whose CAMERA differs and where
-rare signs are common, so that zero-shot, as a foundation model's, meets a domain gap.
+CLIP anew (6 min; not to the same bits): it learns the criteria's words in another clinic, whose
+CAMERA differs and where rare signs are common, so that zero-shot meets a domain gap.
 """
 from pathlib import Path
 
