@@ -32,7 +32,8 @@ def read_table(path):
     with reading(path, UNPACK):
         data = zipfile.ZipFile(path).read(path.stem) if path.suffix == ".zip" else path.read_bytes()
         rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""))
-        return [(f"{path} row {n}", row) for n, row in enumerate(rows, 2)]
+        table = [(f"{path} row {n}", row) for n, row in enumerate(rows, 2)]
+        return table or [(f"{path} without rows", {})]
 
 def write_prepared(folder, root, backbone, template, tasks, samples, note="", exclusive=True):
     """Write both files from tasks, name -> [(combination, class, concept, images known)], and from

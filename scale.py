@@ -27,7 +27,6 @@ import argparse
 import csv
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -262,7 +261,7 @@ def replace_file(path, write):
 def open_image(path):
     """Decode an image completely; InputError names a missing, truncated or foreign file."""
     with reading(path, "restore the image, or drop its row from samples.csv"):
-        image = Image.open(io.BytesIO(Path(path).read_bytes()))
+        image = Image.open(path)
         image.load()
         if image.mode[0] in "IF":  # over 8 bits, which Pillow would clip. Choice: maximum is white
             x = np.asarray(image, np.float32).clip(0)

@@ -32,7 +32,8 @@ def reading(path, mend=None):
         raise
     except Exception as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise InputError(f"{path}: {kind}{' '.join(str(error).split())[:300]}; {mend}.") from None
+        found = " ".join(str(error).split()).split(". ")[0][:300]  # its first sentence
+        raise InputError(f"{path}: {kind}{found}; {mend}.") from None
 
 def read_json(path):
     """The object in a JSON file, {} if there is no such file; InputError if it is not one."""

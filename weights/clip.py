@@ -84,7 +84,6 @@ class CLIP(Backbone):
     """A frozen CLIP from a folder; InputError for whatever is missing or does not fit."""
 
     words = WORDS
-
     def __init__(self, folder):
         folder = Path(folder)
         path, other = folder / "model.safetensors", folder / "open_clip_model.safetensors"
@@ -105,8 +104,10 @@ class CLIP(Backbone):
             merges = (tuple(m.split() if isinstance(m, str) else m) for m in merges)
             self.ranks = {pair: rank for rank, pair in enumerate(merges)}
             self.start, self.end = self.vocab["<|startoftext|>"], self.vocab["<|endoftext|>"]
-            if max(self.vocab.values()) >= len(w[WORDS]):
-                raise ValueError(f"more than the {len(w[WORDS])} tokens of the checkpoint")
+            made = {"".join(pair) for pair in self.ranks} | {"<|startoftext|>", "<|endoftext|>"}
+            lost = [t for t in self.vocab if len(t.removesuffix("</w>")) > 1 and t not in made]
+            if lost or max(self.vocab.values()) >= len(w[WORDS]):
+                raise ValueError(f"merges lack {len(lost)} tokens, or over {len(w[WORDS])} tokens")
         self.context, self.logit_scale = len(w[CONTEXT]), w["logit_scale"].exp().item()
 
     def preprocess(self, image):

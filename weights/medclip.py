@@ -75,7 +75,6 @@ class MedCLIP(Backbone):
     """A frozen MedCLIP from a folder; InputError for whatever is missing or does not fit."""
 
     words, context = WORDS, 77
-
     def __init__(self, folder):
         folder = Path(folder)
         self.path, self.files = folder / "model.safetensors", [folder / "vocab.txt"]
