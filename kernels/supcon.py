@@ -3,24 +3,22 @@
 
     loss_i = log sum_{j != i} exp(x_i . x_j / tau) - mean_{p in P(i)} x_i . x_p / tau
 
-P(i): the other samples with the label of i (L_out of Khosla et al., arXiv:2004.11362). Autograd
-keeps five N x N matrices; here a tile of pairs is made twice and never kept. Forward, it gives
-log-sum-exp, sum and number of positives of its rows AND its columns: of a symmetric matrix the
-upper triangle is enough, CLIP's two directions are one pass. Backward, it becomes dL/dlogits,
-softmax minus positives in float32 before any rounding: confident positives keep their gradient.
-No atomics: the same input, the same bits. Triton makes the tiles on a GPU (fp32 by three tf32
-products), else torch. Triton's passed its interpreter and compile for sm_80 to sm_100 (tensor
-cores, no spills); they have NOT yet run on a GPU.
+P(i): the others with the label of i (L_out of Khosla et al., arXiv:2004.11362). Autograd keeps five
+N x N matrices; here a tile of pairs is made twice and never kept. Forward, it gives log-sum-exp,
+sum and number of positives of its rows AND its columns: the upper triangle is enough if symmetric,
+CLIP's two directions are one pass. Backward, it becomes dL/dlogits, positives subtracted in float32
+before any rounding: confident ones keep their gradient. No atomics: the same bits from run to run.
+Triton makes the tiles on a GPU (fp32 by three tf32 products), else torch. Triton's passed its
+interpreter and compile for sm_80 to sm_100 (tensor cores, no spills), NOT yet a run on a GPU.
 
     loss = supcon_loss(torch.nn.functional.normalize(features, dim=1), labels)
-    python supcon.py 512 4096        # benchmark at these N; on a GPU it first checks the kernels
+    python supcon.py 512 4096        # benchmark at these N; checks the gradient first
 """
 import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.linalg import vecdot
 
 try:
     import triton
@@ -41,34 +39,36 @@ def supcon_reference(features, labels, temperature=0.07):
     return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
 
 
-# ---- 2. One tile of R rows and C columns, in torch -----------------------------------------------
-def _torch_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
+# ---- 2. One tile of R rows and C columns, in torch and in Triton ---------------------------------
+def _log2_sum(x, dim):
+    top = x.amax(dim, keepdim=True)
+    return (x - top).exp2_().sum(dim).log2_() + top.squeeze(dim)
+
+def _torch_tile(a, b, a_labels, b_labels, itself, rows=None, cols=None):
     """(lse, positive sum, count) of the tile's rows (1, 3, R) and of its columns (1, 3, C).
 
     Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
-    itself: rows and columns are the same samples; the diagonal is left out, the rows say all.
+    itself: the same samples are rows and columns; without the diagonal, and the rows say all.
     """
-    same, logits = a_labels[:, None] == b_labels, (a @ b.T).mul_(scale)
-    if rows is not None:
-        weights = (logits - rows[0, :, None]).exp_().mul_(rows[1, :, None])
-        weights += logits.sub_(cols[0]).exp_().mul_(cols[1])
-        weights += torch.where(same, torch.add(rows[2, :, None], cols[2], out=logits), 0)
-        return weights.fill_diagonal_(0) if itself else weights
+    logits = a @ b.T
+    same = torch.eq(a_labels[:, None], b_labels, out=torch.empty_like(logits))  # 1 or 0
     if itself:
-        same.fill_diagonal_(False)
-        logits.fill_diagonal_(-math.inf)
-    positives = torch.where(same, logits, 0)
-    return [torch.stack([logits.logsumexp(d), positives.sum(d), same.sum(d)])[None]
+        same.fill_diagonal_(0)
+        logits.fill_diagonal_(-1e30)
+    if rows is not None:
+        weights = (logits - rows[0, :, None]).exp2_().mul_(rows[1, :, None])
+        weights += logits.sub_(cols[0]).exp2_().mul_(cols[1])
+        return weights.add_(same.mul_(torch.add(rows[2, :, None], cols[2], out=logits)))
+    positives = same * logits
+    return [torch.stack([_log2_sum(logits, d), positives.sum(d), same.sum(d)])[None]
             for d in (1, 0)[: 2 - itself]]
 
-
-# ---- 3. The same tile in Triton ------------------------------------------------------------------
 if triton is not None:
 
     @triton.jit
-    def _tile_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, scale_ptr, row_ptr, col_ptr,
-                     weight_ptr, n_rows, n_cols, itself, WEIGHTS: tl.constexpr,
-                     DIM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    def _tile_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, row_ptr, col_ptr, weight_ptr,
+                     n_rows, n_cols, itself, WEIGHTS: tl.constexpr, DIM: tl.constexpr,
+                     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
         """WEIGHTS: read row (3, n_rows) and col (3, n_cols), write weight (n_rows, n_cols).
         Else write the tile's statistics to row (tiles, 3, n_rows) and col (tiles, 3, n_cols)."""
         r, c = tl.program_id(0), tl.program_id(1)  # a block of pairs is small: 32-bit offsets
@@ -79,191 +79,183 @@ if triton is not None:
             a = tl.load(a_ptr + rows * DIM + d[None, :], row_in & (d < DIM)[None, :], 0.0)
             b = tl.load(b_ptr + cols * DIM + d[:, None], col_in & (d < DIM)[:, None], 0.0)
             logits = tl.dot(a, b, logits, input_precision="tf32x3")
-        logits *= tl.load(scale_ptr)
         shown = row_in & col_in & ((rows != cols) | (itself == 0))
         if WEIGHTS:
             row, col = row_ptr + rows, col_ptr + cols
-            weights = tl.exp(logits - tl.load(row, row_in)) * tl.load(row + n_rows, row_in)
-            weights += tl.exp(logits - tl.load(col, col_in)) * tl.load(col + n_cols, col_in)
+            weights = tl.exp2(logits - tl.load(row, row_in)) * tl.load(row + n_rows, row_in)
+            weights += tl.exp2(logits - tl.load(col, col_in)) * tl.load(col + n_cols, col_in)
             share = tl.load(row + 2 * n_rows, row_in) + tl.load(col + 2 * n_cols, col_in)
             same = tl.load(a_label_ptr + rows, row_in) == tl.load(b_label_ptr + cols, col_in)
             weights = tl.where(shown, weights + tl.where(same, share, 0.0), 0.0)
             tl.store(weight_ptr + rows * n_cols + cols, weights, row_in & col_in)
         else:
-            logits = tl.where(shown, logits, float("-inf"))
+            logits = tl.where(shown, logits, -1e30)
             for axis in tl.static_range(1, -1, -1):  # labels loaded twice: kept, `same` spills
                 n, index = n_rows if axis else n_cols, rows if axis else cols
-                out = row_ptr + c * 3 * n if axis else col_ptr + r * 3 * n
+                out = (row_ptr + c * 3 * n if axis else col_ptr + r * 3 * n) + index
                 same = tl.load(a_label_ptr + rows, row_in) == tl.load(b_label_ptr + cols, col_in)
-                same = same & (logits > float("-inf"))
+                same = same & (logits > -1e30)
                 total = tl.sum(tl.where(same, logits, 0.0), axis, keep_dims=True)
-                tl.store(out + n + index, total, index < n)
-                count = tl.sum(same.to(tl.float32), axis, keep_dims=True)
-                tl.store(out + 2 * n + index, count, index < n)
-                top = tl.maximum(tl.max(logits, axis, keep_dims=True), -1e30)
-                total = tl.sum(tl.exp(logits - top), axis, keep_dims=True)
-                tl.store(out + index, top + tl.log(total), index < n)
+                tl.store(out + n, total, index < n)
+                tl.store(out + 2 * n, tl.sum(same.to(tl.float32), axis, keep_dims=True), index < n)
+                top = tl.max(logits, axis, keep_dims=True)
+                total = tl.sum(tl.exp2(logits - top), axis, keep_dims=True)
+                tl.store(out, top + tl.log2(total), index < n)
 
-def _triton_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
+def _triton_tile(a, b, a_labels, b_labels, itself, rows=None, cols=None):
     """What `_torch_tile` does, by many tiles; their shape is the largest that does not spill."""
     shape = (128, 64, 32) if a.dtype == torch.float32 else (128, 128, 64)
     r, c, d = shape if a.is_cuda else (32, 32, 32)
     grid, given = (triton.cdiv(len(a), r), triton.cdiv(len(b), c)), rows is not None
     if not given:
-        rows, cols = scale.new_empty(grid[1], 3, len(a)), scale.new_empty(grid[0], 3, len(b))
+        rows, cols = (torch.empty(tiles, 3, n, device=a.device)
+                      for tiles, n in ((grid[1], len(a)), (grid[0], len(b))))
     weights = a.new_empty(len(a), len(b)) if given else rows
     _tile_kernel[grid](
-        a, b, a_labels, b_labels, scale, rows.contiguous(), cols.contiguous(), weights, len(a),
-        len(b), int(itself), WEIGHTS=given, DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
+        a, b, a_labels, b_labels, rows.contiguous(), cols.contiguous(), weights, len(a), len(b),
+        int(itself), WEIGHTS=given, DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
     return weights if given else [rows, cols][: 2 - itself]
 
 
-# ---- 4. All pairs, as an operator that autograd and torch.compile know ---------------------------
+# ---- 3. All pairs, as an operator that autograd and torch.compile know ---------------------------
 def _cut(start, stop, step):
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::all_pairs", mutates_args=())
-def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor | None, norm: Tensor | None,
-              rows: int, alone: bool, use_triton: bool, given: Tensor | None,
+def all_pairs(x: Tensor, labels: Tensor, norm: Tensor, metric: Tensor | None, rows: int,
+              alone: bool, use_triton: bool, given: Tensor | None,
               ) -> tuple[Tensor, Tensor, Tensor]:
     """x (L, D), labels (L,) -> each sample's (lse, positive sum, count) over its pairs: (3, L).
 
     Pairs: the first `rows` samples with the rest; `alone`, also with each other, each pair once
-    for both. Logits: scale x_i . metric x_j. norm (L, 1): of x under the metric, divides x first.
-    given (lse, dL/dlse, dL/dsum) (3, L): returns dL/dx, dL/dscale, 2 dL/dmetric instead.
+    for both. Logits, in bits as 2^x is cheaper than e^x: x_i . metric x_j / (norm_i norm_j), norm
+    () or, proportional to the lengths under the metric, (L, 1). given (lse, dL/dlse, dL/dsum)
+    (3, L): returns dL/dx, through the lengths too, dL/dnorm as of one factor, 2 dL/dmetric.
     """
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         dtype, tile = x.dtype, _triton_tile if use_triton else _torch_tile
-        x = x if use_triton and x.is_cuda else x.to(scale.dtype)
-        x = x if norm is None else x / norm
-        wide = {} if x.dtype == scale.dtype else {"out_dtype": scale.dtype}
-        grad_scale = torch.zeros_like(scale)
-        grad_metric = torch.zeros_like(scale if metric is None else metric)
-        out = scale.new_tensor([[-math.inf], [0], [0]]).repeat(1, len(x))
+        if not use_triton:  # labels become numbers from 0, which float32 holds up to 2^24
+            x, labels = x.to(norm.dtype), labels.unique(return_inverse=True)[1].to(norm.dtype)
+        x = x / norm
+        wide = {} if x.dtype == norm.dtype else {"out_dtype": norm.dtype}
+        out, total = norm.new_tensor([[-1e30], [0], [0]]).repeat(1, len(x)), norm.new_zeros(())
+        grad_metric = torch.zeros_like(norm if metric is None else metric)
         if given is not None:
-            out, peak = scale.new_zeros(x.shape), given[1:].abs().amax().clamp(min=1e-30)
+            out, peak = norm.new_zeros(x.shape), given[1:].abs().amax().clamp(min=1e-30)
             given = torch.cat([given[:1], given[1:] / peak])  # weights that float16 can hold
         step = 4096 if x.is_cuda else 256  # fills the device, stays in the cache
         for r in _cut(0, rows, step):
             left = x[r] if metric is None else x[r] @ metric
             for c in [r] * alone + _cut(r.stop if alone else rows, len(x), 4 * step):
-                block = left, x[c], labels[r], labels[c], scale, r == c
+                block = left, x[c], labels[r], labels[c], r == c
                 if given is None:
                     for s, found in zip((r, c), tile(*block), strict=False):
                         found = torch.cat([out[None, :, s], found])
-                        out[:, s] = torch.stack([found[:, 0].logsumexp(0), *found[:, 1:].sum(0)])
+                        out[:, s] = torch.stack([_log2_sum(found[:, 0], 0), *found[:, 1:].sum(0)])
                     continue
                 weights = tile(*block, given[:, r], given[:, c])
                 torch.addmm(out[r], weights, x[c], out=out[r], **wide)
                 if r != c:
                     torch.addmm(out[c], weights.T, x[r], out=out[c], **wide)
         if given is None:
-            return out, grad_scale, grad_metric
+            return out, norm.clone(), grad_metric
         for r in _cut(0, len(x), 1024):
             left = x[r] if metric is None else x[r] @ metric
-            share = vecdot(out[r], left.to(scale.dtype))
-            grad_scale += share.sum() * peak / 2  # each pair is there from both sides
-            if norm is not None:  # what the norm, a function of x and metric, takes away
-                out[r] -= share[:, None] * x[r]
+            share = (out[r] * left).sum(1, keepdim=True)
+            total += share.sum()
+            if norm.ndim:  # what the lengths, functions of x and metric, take away
+                out[r] -= x[r] * share / (x[r] * left).sum(1, keepdim=True).clamp(min=1e-30)
             if metric is not None:
                 grad_metric.addmm_(x[r].T, out[r])
                 out[r] = out[r] @ metric
-        out *= peak * scale / (1 if norm is None else norm)
-        return out.to(dtype), grad_scale, grad_metric.mul_(peak * scale)
+        total *= -peak / norm.numel()
+        return out.mul_(peak / norm).to(dtype), total / norm, grad_metric.mul_(peak)
 
 def _save(ctx, inputs, output):
-    ctx.flags = inputs[5:8]
-    ctx.save_for_backward(*inputs[:5], output[0])
+    ctx.flags = inputs[4:7]
+    ctx.save_for_backward(*inputs[:4], output[0])
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
     *inputs, found = ctx.saved_tensors
-    given = torch.cat([found[:1], grad[:2]])
-    grad_x, grad_scale, grad_metric = all_pairs(*inputs, *ctx.flags, given)
-    return grad_x, None, grad_scale, None if inputs[3] is None else grad_metric, *[None] * 5
+    x, norm, metric = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2]]))
+    return x, None, norm, None if inputs[3] is None else metric, *[None] * 4
 
-all_pairs.register_fake(lambda x, labels, scale, metric, norm, rows, alone, use_triton, given: (
-    scale.new_empty(3, len(x)) if given is None else torch.empty_like(x), torch.empty_like(scale),
-    torch.empty_like(scale if metric is None else metric)))
+all_pairs.register_fake(lambda x, labels, norm, metric, rows, alone, use_triton, given: (
+    norm.new_empty(3, len(x)) if given is None else torch.empty_like(x), torch.empty_like(norm),
+    torch.empty_like(norm if metric is None else metric)))
 all_pairs.register_autograd(_backward, setup_context=_save)
 
 
-# ---- 5. The losses -------------------------------------------------------------------------------
-class _Gather(torch.autograd.Function):
-    """The rows of all processes, one's own first; gradients return to their owners."""
+# ---- 4. The losses -------------------------------------------------------------------------------
+def _gather(local, group):
+    """The rows of all processes, one's own first; gradients return to their owners, summed."""
+    at, rows = group.rank() * len(local), torch.cat([local.detach()] * group.size())
+    dist.all_gather_into_tensor(rows, local.detach().contiguous(), group=group)
+    rows = torch.cat([local, rows.roll(-at, 0)[len(local) :]])
+    def share(grad):
+        own = torch.empty_like(local)
+        dist.reduce_scatter_tensor(own, grad.roll(at, 0), group=group)
+        return torch.cat([own, grad[len(local) :]])
+    if rows.requires_grad:
+        rows.register_hook(share)
+    return rows
 
-    @staticmethod
-    def forward(ctx, local, group):
-        """(N, ...) of each of W processes -> (W N, ...)."""
-        ctx.group, ctx.own = group, group.rank() * len(local)
-        rows = torch.cat([local] * group.size())
-        dist.all_gather_into_tensor(rows, local.contiguous(), group=group)
-        return rows.roll(-ctx.own, 0)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Sum of what all processes found for one's own rows."""
-        local = torch.empty_like(grad[: len(grad) // ctx.group.size()])
-        dist.reduce_scatter_tensor(local, grad.roll(ctx.own, 0), group=ctx.group)
-        return local, None
-
-def _require(condition, expected, *given):
-    if not condition:
+def _require(fits, *given):
+    if not fits:
         given = [f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) and x.ndim
                  else x for x in given]
-        raise ValueError(f"expected {expected}, not {given}")
+        raise ValueError(
+            "expected floating (N, D), integer labels (N,), or also contrast (M, D) with labels "
+            "(M,), or contrast without any labels, on one device; temperature > 0; `both` with "
+            "contrast, without group; reduction 'mean', 'sum', 'none'; impl 'auto', 'torch' or, on "
+            f"a GPU with Triton, 'triton', not {given}")
 
-def _losses(x, labels, y, y_labels, temperature, impl, alone, metric=None, norm=None):
+def _losses(x, labels, y, y_labels, temperature, impl, alone, metric=None, length=1):
     """Losses (N + M,) of x (N, D) and y (M, D) as anchors, see all_pairs; which have positives."""
-    given, n = (x, labels, y, y_labels, temperature, impl), len(x)
-    unseen = isinstance(temperature, Tensor) and (  # do not wait for a GPU
-        temperature.is_cuda or torch.compiler.is_compiling())
+    given, (n, m), d = (x, labels, y, y_labels), (len(x), len(y)), x.shape[-1]
     able = triton is not None and x.is_cuda and x.dtype != torch.float64
-    _require(x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1] and x.numel() and alone + len(y)
-             and (labels.shape, y_labels.shape) == (x.shape[:1], y.shape[:1]) and x.dtype == y.dtype
-             and [t.is_floating_point() for t in given[:4]] == [True, False, True, False]
-             and len({t.device for t in given[:4]}) == 1 and (unseen or temperature > 0)
-             and impl in ("auto", "torch", "triton")[: 2 + able],
-             "floating (N, D), (M, D), integer labels (N,), (M,) on one device, temperature > 0, "
-             "impl 'auto', 'torch' or, on a GPU with Triton, 'triton'", *given)
-    scale = torch.as_tensor(1 / temperature, dtype=torch.promote_types(x.dtype, torch.float32),
-                            device=x.device).reshape(())
-    x, labels = torch.cat([x, y]) if len(y) else x.contiguous(), torch.cat([labels, y_labels])
+    unseen = torch.compiler.is_compiling() or getattr(temperature, "is_cuda", False)
+    _require([(t.shape, t.is_floating_point(), t.device) for t in given] == [
+                 (size, len(size) == 2, x.device) for size in ((n, d), (n,), (m, d), (m,))]
+             and x.dtype == y.dtype and n * d * (alone + m) and (unseen or temperature > 0)
+             and impl in ("auto", "torch", "triton")[: 2 + able], *given, temperature, impl)
+    norm = torch.as_tensor(temperature * math.log(2), device=x.device,
+                           dtype=torch.promote_types(x.dtype, torch.float32)).reshape(()).sqrt()
+    x, labels = torch.cat([x, y]) if m else x.contiguous(), torch.cat([labels, y_labels]).long()
     (lse, total, count), *_ = all_pairs(
-        x, labels.long(), scale, metric, norm, n, alone, able and impl != "torch", None)
-    return torch.where(count > 0, lse - total / count.clamp(min=1), 0), count > 0
+        x, labels, norm * length, metric, n, alone, able and impl != "torch", None)
+    return math.log(2) * torch.where(count > 0, lse - total / count.clamp(min=1), 0), count > 0
 
 def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contrast_labels=None,
                 both=False, reduction="mean", impl="auto", group=None):
-    """Supervised contrastive loss in time N^2 D and memory N D; returns float32.
+    """Supervised contrastive loss in time N^2 D and memory N D; returns float32 at least.
 
     features (N, D): floating, any strides, normalised by the caller. labels (N,): integers; the
         positives of a row are the others of its label. None with `contrast`: row i of both (CLIP).
     temperature: positive number, or tensor of one element, which then receives its gradient.
     contrast (M, D), contrast_labels (M,): compare with these rows instead; none is left out.
     both: the rows of `contrast` are anchors too (CLIP's two directions), in the same pass.
-    reduction: "mean" over the anchors that have a positive (none: 0), "sum", or "none": (N,), with
-        `both` (N + M,). An anchor without positives gives 0, no gradient.
-    impl: "triton", "torch", or "auto": Triton on a GPU, tiles of torch elsewhere.
-    group: torch.distributed process group with N rows each: local rows meet the rows of all. The
-        mean over its processes, as DDP takes it, is the loss of one. Instead of `both`, call twice.
+    reduction: "mean" over the anchors with a positive (the others give 0, no gradient), "sum" or
+        "none": (N,), with `both` (N + M,). impl: "auto" is Triton on a GPU, else tiles of torch.
+    group: torch.distributed group, N rows each: local rows meet the rows of all. The mean over its
+        processes, as DDP takes it, is the loss of one. Instead of `both`, call twice.
     Raises ValueError for what does not fit, RuntimeError for a derivative of the gradient.
     """
     alone, n = contrast is None, len(features)
-    fits = labels is not None and contrast_labels is None and not both if alone else (
-        (labels is None) == (contrast_labels is None) and not (both and group))
-    _require(fits and reduction in ("mean", "sum", "none"), "labels, or contrast with both labels "
-             "or none; both without group; reduction 'mean', 'sum', 'none'",
+    form = [t is not None for t in (labels, contrast, contrast_labels)]
+    _require(form in ([1, 0, 0], [0, 1, 0], [1, 1, 1]) and reduction in ("mean", "sum", "none")
+             and not (both and (alone or group)),
              labels, contrast, contrast_labels, both, group, reduction)
-    rank, world = (group.rank(), group.size()) if group else (0, 1)
+    first, world = (group.rank() * n, group.size()) if group else (0, 1)
     if alone:
         contrast, contrast_labels = features, labels
     elif labels is None:
-        labels = contrast_labels = torch.arange(n, device=features.device) + rank * n
+        labels = contrast_labels = torch.arange(n, device=features.device) + first
     if group:
-        contrast, contrast_labels = (_Gather.apply(t, group) for t in (contrast, contrast_labels))
-    others = [t[n * alone :] for t in (contrast, contrast_labels)]  # one's own come first
-    found = _losses(features, labels, *others, temperature, impl, alone)
+        contrast, contrast_labels = _gather(contrast, group), _gather(contrast_labels, group)
+    found = _losses(features, labels, contrast[n * alone :], contrast_labels[n * alone :],
+                    temperature, impl, alone)
     losses, counted = found if both else (t[:n] for t in found)
     count, total = counted.sum(), losses.sum() * world
     if group:
@@ -278,17 +270,16 @@ def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl=
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        narrow, norm = len(b) <= b.shape[1], None  # narrow: Q itself is no wider than a
+        narrow = len(b) <= b.shape[1]  # Q itself is no wider than a
         a, metric = (a @ b.T, None) if narrow else (a, b.T @ b.detach())  # its gradient is doubled
-        if unit_rows:
-            norm = torch.cat([vecdot(x if metric is None else x @ metric.detach(), x)
-                              for x in a.detach().split(1024)]).clamp(min=1e-24).sqrt()[:, None]
-        rest = temperature, impl, True, metric, norm
-        losses, counted = _losses(a, labels, a[:0], labels[:0], *rest)
+        length = torch.cat([((x if narrow else x @ metric.detach()) * x).sum(1, keepdim=True) for x
+                            in a.detach().split(1024)]).clamp(min=1e-24).sqrt() if unit_rows else 1
+        losses, counted = _losses(
+            a, labels, a[:0], labels[:0], temperature, impl, True, metric, length)
         return losses.sum() / counted.sum().clamp(min=1)
 
 
-# ---- 6. Benchmark: every figure from a process of its own, in turns ------------------------------
+# ---- 5. Benchmark: each line from a process of its own -------------------------------------------
 LOSSES = {  # of x, y (N, D), labels g: SupCon of x, then SCALE's two terms of Q = x @ y.T
     "plain torch": lambda x, y, g: supcon_reference(x, g),
     "torch.compile": lambda x, y, g: torch.compile(supcon_reference, dynamic=True)(x, g),
@@ -303,38 +294,35 @@ LOSSES = {  # of x, y (N, D), labels g: SupCon of x, then SCALE's two terms of Q
         product_supcon_loss(*pair, g) for pair in ((x, y), (y, x)))}
 
 def _measure(name, n):
-    """Seconds of forward and backward (CPU time, on a GPU elapsed), MiB added to the peak."""
+    """Median seconds of 5 forward and backward passes (CPU; on a GPU elapsed), MiB added."""
     import resource
     import time
-    gpu, seen = torch.cuda.is_available(), []
-    clock = time.perf_counter if gpu else time.process_time
-    x, y = torch.randn(2, n, 768, device="cuda" if gpu else "cpu").div_(768**0.5).unbind()
-    x, y, labels = x.requires_grad_(), y.requires_grad_(), torch.arange(n, device=x.device) % 12
-    for size in (64, n, n, n):  # the first loads and compiles
-        start, inputs = clock(), (x[:size], y[:size], labels[:size])
-        grad = torch.autograd.grad(LOSSES[name](*inputs), (x, y), allow_unused=True)[0]
-        grad[0, 0].item()  # waits for a GPU
-        seen.append((clock() - start, torch.cuda.max_memory_allocated() / 2**20 if gpu else
-                     resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
-        if size == 64 and name == "supcon_loss":  # checked first
-            right, = torch.autograd.grad(supcon_reference(*inputs[::2]), x)
+    gpu, used = torch.cuda.is_available(), []
+    x, y = torch.randn(2, n, 768, device="cuda" if gpu else "cpu").div_(28).unbind()
+    labels = torch.arange(n, device=x.device) % 12
+    for size in (300, *[n] * 5):  # the first loads and compiles
+        inputs, g = [t[:size].detach().requires_grad_() for t in (x, y)], labels[:size]
+        grad = torch.autograd.grad(LOSSES[name](*inputs, g), inputs, allow_unused=True)[0]
+        if size == 300 and name == "supcon_loss":  # checked first, across tiles
+            right, = torch.autograd.grad(supcon_reference(inputs[0], g), inputs[0])
             torch.testing.assert_close(grad, right, atol=1e-5, rtol=1e-3)
-    return sorted(seen[1:])[1][0], seen[-1][1] - seen[0][1]
+        grad[0, 0].item()  # waits for a GPU
+        used.append((time.perf_counter(), torch.cuda.max_memory_allocated() / 2**20) if gpu else (
+            time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
+    seconds, mib = torch.tensor(used, dtype=torch.float64).T
+    return seconds.diff().median().item(), (mib[-1] - mib[0]).item()
 
 if __name__ == "__main__":
     import sys
     from concurrent.futures import ProcessPoolExecutor
     from importlib.util import find_spec
-    from statistics import median
     if not find_spec("pytorch_metric_learning"):
         del LOSSES["pytorch-metric-learning"]
-    for n in map(int, sys.argv[1:] or (512, 1024, 2048, 4096, 8192)):
-        runs = {name: [] for name in LOSSES}
-        for name in [*LOSSES] * 3:
-            with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as child:
-                runs[name].append(child.submit(_measure, name, n).result())
-        runs = {name: [median(x) for x in zip(*found, strict=True)] for name, found in runs.items()}
-        for name, found in runs.items():
-            rival = runs["Q, Q Q^T, Q^T Q" if name.startswith(("Q", "product")) else "plain torch"]
-            print(f"{n:6} {name:24}{found[0]:9.3f} s {rival[0] / found[0]:5.1f}x {found[1]:7.0f} "
-                  f"MiB {rival[1] / max(found[1], 1):5.1f}x", flush=True)
+    with ProcessPoolExecutor(1, max_tasks_per_child=1) as processes:
+        for n in map(int, sys.argv[1:] or (512, 1024, 2048, 4096, 8192)):
+            for name in LOSSES:
+                seconds, mib = processes.submit(_measure, name, n).result()
+                if name in ("plain torch", "Q, Q Q^T, Q^T Q"):
+                    rival = seconds, mib
+                print(f"{n:6} {name:24}{seconds:9.3f} s {rival[0] / seconds:5.1f}x "
+                      f"{mib:7.0f} MiB {rival[1] / max(mib, 1):5.1f}x", flush=True)
