@@ -1,7 +1,7 @@
 """Frozen encoders, a module a family, as functions over their checkpoint's own tensors `w` by name.
 
-Shared: the strict check of a checkpoint (a medical backbone that loads by halves and still predicts
-is the worst failure), layers, and the class `Backbone`.
+Shared: the strict check of a checkpoint (one that loads by halves and still predicts is the worst
+failure), layers, `Backbone`. N images or texts of L tokens are W wide in a tower, D after it.
 """
 import hashlib
 import inspect
@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+TENSORS = Path(__file__).with_name("tensors.json")
+TABLES = json.loads(TENSORS.read_bytes())  # of the checkpoints: see check_tensors
 
 class InputError(Exception):
     """A mistake in the user's input: one sentence that names the thing and the mending command."""
@@ -24,8 +26,7 @@ def reading(path, mend=None):
     mend: what to do; None: the command that gets the checkpoint of weights/<name>/ again.
     """
     name = Path(path).absolute().parent.name
-    mend = mend or ("mend it with: git checkout weights/demo" if name == "demo" else
-                    f"mend it with: python data_prep.py weights {name}")
+    get = "git checkout weights/demo" if name == "demo" else f"python data_prep.py weights {name}"
     try:
         yield
     except InputError:
@@ -33,7 +34,7 @@ def reading(path, mend=None):
     except Exception as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
         found = " ".join(str(error).split()).split(". ")[0][:300]  # its first sentence
-        raise InputError(f"{path}: {kind}{found}; {mend}.") from None
+        raise InputError(f"{path}: {kind}{found}; {mend or 'mend it with: ' + get}.") from None
 
 def read_json(path):
     """The object in a JSON file, {} if there is no such file; InputError if it is not one."""
@@ -45,30 +46,25 @@ def read_tensors(path):
     with reading(path):
         return {n: t.float() if t.is_floating_point() else t for n, t in load_file(path).items()}
 
-def sizes(p, names, width, inner):
-    """Shapes in block `p`: query, key, value, output, the two layers of the MLP, two norms."""
-    shapes = [width + width] * 4 + [inner + width, width + inner, width, width]
-    return {f"{p}{name}.*": shape for name, shape in zip(names, shapes, strict=True)}
+def check_tensors(tensors, family, depths):
+    """The tensors that a family uses; ValueError for whatever is missing, unknown or misshapen.
 
-def check_tensors(tensors, shapes, ignored):
-    """The tensors that `shapes` names; ValueError for whatever is missing, unknown or misshapen.
-
-    In `shapes`, name* is a weight and a bias; a letter is the same size wherever it stands. NaN is
-    looked for in vectors only: to search all would read the whole file.
+    tensors.json names them: each # counts up to the next of `depths`, a letter is one size over 1
+    wherever it stands. Only vectors are searched for NaN: all would be to read the whole file.
     """
-    expected = {n.replace("*", "weight"): shape for n, shape in shapes.items()}
-    expected |= {n.replace("*", "bias"): shape[:1] for n, shape in shapes.items() if "*" in n}
-    found = {n: tuple(t.shape) for n, t in tensors.items() if not n.endswith(ignored)}
-    known = {letter: size for n in reversed(expected) for letter, size in
-             zip(expected[n], found.get(n, ()), strict=False) if isinstance(letter, str)}
+    expected, ignored, depths = {}, tuple(TABLES[family]["ignored"]), iter(depths)
+    for prefix, shapes in TABLES[family]["used"].items():
+        for i in range(next(depths) if "#" in prefix else 1):
+            expected |= {prefix.replace("#", str(i)) + n: shape for n, shape in shapes.items()}
+    found = {n: tuple(t.shape) if t.ndim > 1 or t.isfinite().all() else "NaN or infinity"
+             for n, t in tensors.items() if not n.endswith(ignored)}
+    known = {c: size for n in reversed(expected) for c, size in
+             zip(expected[n], found.get(n, ()), strict=False) if isinstance(c, str) and size != 1}
     expected = {n: tuple(known.get(c, c) for c in shape) for n, shape in expected.items()}
     faults = [f"{n} {found.get(n, 'missing')} instead of {expected.get(n, 'none')}"
               for n in expected | found if found.get(n) != expected.get(n)]
-    faults += [f"NaN or infinity in {n}" for n, shape in found.items()
-               if len(shape) < 2 and not torch.isfinite(tensors[n]).all()]
     if faults:
-        raise ValueError(f"not its {len(expected)} tensors, {len(faults)} fault(s): "
-                         + ", ".join(faults[:4]))
+        raise ValueError(f"{len(faults)} of {len(found)} tensors misfit: {', '.join(faults[:4])}")
     return {n: tensors[n] for n in expected}
 
 def norm(w, name, x, eps=1e-5):
@@ -101,7 +97,6 @@ def block(w, p, names, x, heads, mask=None, causal=False, read=None, act=F.gelu,
 
 class Backbone:
     """A frozen encoder, without what its family adds: tensors, settings, towers, tokenizer."""
-
     word_table = property(lambda self: self.tensors[self.words])  # (V, W)
 
     def to(self, device):
@@ -111,7 +106,7 @@ class Backbone:
 
     def describe(self):
         """All beyond the tensors that changes an embedding, ready for JSON."""
-        code = Path(__file__), Path(inspect.getfile(type(self)))
+        code = Path(__file__), TENSORS, Path(inspect.getfile(type(self)))
         words = b"".join(file.read_bytes() for file in (*self.files, *code))
         return self.settings | {"files": hashlib.sha256(words).hexdigest()}
 

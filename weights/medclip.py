@@ -2,70 +2,42 @@
 
 A folder holds model.safetensors (medclip-vit's pytorch_model.bin, converted), Bio_ClinicalBERT's
 vocab.txt and, if wanted, preprocessor_config.json: {"resample": 3} is MedCLIPProcessor's bicubic
-filter; without it the bilinear one of MedCLIP's training and tests is used. N, L, W, D: images or
-texts, tokens of each, width of a tower or stage, of the embeddings.
+filter; without it the bilinear one of MedCLIP's training and tests is used.
 """
-import math
-import string
 import unicodedata
-from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from . import Backbone, block, check_tensors, norm, read_json, read_tensors, reading, sizes
+from . import Backbone, block, check_tensors, norm, read_json, read_tensors, reading
 
 VISION, TEXT = "vision_model.model.", "text_model.model."
 WORDS, PLACES, KINDS = (f"{TEXT}embeddings.{name}_embeddings.weight"
                         for name in ("word", "position", "token_type"))
-PATCHES, BIAS = "embeddings.patch_embeddings.projection.", "relative_position_bias_table"
-DEPTHS, LAYERS, SIDE = (2, 2, 6, 2), 12, 224  # blocks in Swin's stages, blocks in BERT, pixels
-MEAN, STD = np.float32(0.5862785803043838), np.float32(0.27950088968644304)
+STAGES, LAYERS, SIDE = (2, 2, 6, 2), 12, 224  # blocks in Swin's stages, blocks in BERT, pixels
 BLOCK = ("attention.self.query", "attention.self.key", "attention.self.value",
          "attention.output.dense", "intermediate.dense", "output.dense")
 BERT = *BLOCK, "attention.output.LayerNorm", "output.LayerNorm"
 SWIN = *BLOCK, "layernorm_before", "layernorm_after"
-IGNORED = "relative_position_index", "position_ids", "pooler.dense.weight", "pooler.dense.bias"
 
 def is_medclip(folder):
-    """Whether a folder's model.safetensors has MedCLIP's names; False if it cannot be read."""
-    path = str(Path(folder) / "model.safetensors")
-    with suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
-        return any(name.startswith((VISION, TEXT)) for name in file.keys())
-    return False
-
-def medclip_shapes():
-    """Name -> shape of the 419 tensors that are used, for check_tensors."""
-    shapes = {
-        "logit_scale": "", "vision_model.projection_head.weight": "Dd", VISION + "layernorm.*": "d",
-        VISION + PATCHES + "*": ("a", 3, 4, 4), VISION + "embeddings.norm.*": "a",
-        "text_model.projection_head.weight": "DW", TEXT + "embeddings.LayerNorm.*": "W",
-        WORDS: "VW", PLACES: "LW", KINDS: "KW"}
-    for i in range(LAYERS):
-        shapes |= sizes(f"{TEXT}encoder.layer.{i}.", BERT, "W", "I")
-    for stage, (width, inner, heads) in enumerate(zip("abcd", "efgh", "ijkl", strict=True)):
-        p = f"{VISION}encoder.layers.{stage}."
-        for i in range(DEPTHS[stage]):
-            shapes |= sizes(f"{p}blocks.{i}.", SWIN, width, inner)
-            shapes[f"{p}blocks.{i}.attention.self.{BIAS}"] = 169, heads
-        if stage < 3:  # four tokens side by side are as wide as the MLP
-            shapes[p + "downsample.norm.*"] = inner
-            shapes[p + "downsample.reduction.weight"] = "bcd"[stage] + inner
-    return shapes
+    """Whether a folder's model.safetensors has MedCLIP's names; InputError if cut."""
+    path = folder / "model.safetensors"
+    with reading(path):
+        return path.exists() and any(n.startswith(VISION) for n in safe_open(path, "pt").keys())
 
 def swin_block(w, p, x, shift):
     """x (N, side^2, W) after a block with attention in windows of 7 x 7, shifted by `shift`."""
-    n, side = len(x), math.isqrt(x.shape[1])
+    n, side = len(x), int(x.shape[1] ** .5)
     cells = torch.arange(side * side, device=x.device).view(side, side).roll((-shift,) * 2, (0, 1))
     cells = cells.view(side // 7, 7, -1, 7).transpose(1, 2).reshape(-1, 49)  # (windows, 49)
     seen = cells if shift else cells[:1]  # unshifted windows are alike
     dy, dx = (z[:, :, None] - z[:, None] for z in (seen // side, seen % side))
     near = (dy.abs() < 7) & (dx.abs() < 7)  # false for cells that only rolling brought together
-    bias = w[f"{p}attention.self.{BIAS}"].T[:, near * (13 * dy + dx + 84)]
+    bias = w[f"{p}attention.self.relative_position_bias_table"].T[:, near * (13 * dy + dx + 84)]
     bias = bias.masked_fill(~near, -100).transpose(0, 1)  # (windows, heads, 49, 49)
     x = x[:, cells.flatten()].view(-1, 49, x.shape[2])
     x = block(w, p, SWIN, x, bias.shape[1], mask=bias.repeat(n if shift else 1, 1, 1, 1))
@@ -73,13 +45,11 @@ def swin_block(w, p, x, shift):
 
 class MedCLIP(Backbone):
     """A frozen MedCLIP from a folder; InputError for whatever is missing or does not fit."""
-
-    words, context = WORDS, 77
+    words, context, last_block = WORDS, 77, VISION + "encoder.layers.3.blocks.1."
     def __init__(self, folder):
-        folder = Path(folder)
         self.path, self.files = folder / "model.safetensors", [folder / "vocab.txt"]
         with reading(self.path):
-            w = check_tensors(read_tensors(self.path), medclip_shapes(), IGNORED)
+            w = check_tensors(read_tensors(self.path), "medclip", (*STAGES, LAYERS))
         with reading(self.files[0]):
             lines = self.files[0].read_text(encoding="utf-8").removesuffix("\n").split("\n")
             self.vocab = {token: i for i, token in enumerate(lines)}
@@ -96,7 +66,7 @@ class MedCLIP(Backbone):
         square = Image.new("L", (max(SIDE, *image.size),) * 2)
         square.paste(image.convert("L"), tuple((square.width - side) // 2 for side in image.size))
         x = np.asarray(square.resize((SIDE, SIDE), self.settings["resample"]), np.float32) / 255
-        return torch.from_numpy((x - MEAN) / STD).expand(3, -1, -1)
+        return torch.from_numpy((x - 0.5862785803043838) / 0.27950088968644304).expand(3, -1, -1)
 
     def word_pieces(self, word):
         """Ids of a word: its longest known beginning, then those of the rest; or [UNK]."""
@@ -114,17 +84,17 @@ class MedCLIP(Backbone):
         spaced = []  # a cased vocabulary, but lower-case text without accents, as in training
         for c in unicodedata.normalize("NFD", text):
             kind, name = unicodedata.category(c), unicodedata.name(c, "")
-            alone = kind[0] == "P" or c in string.punctuation or name.startswith(
-                ("CJK UNIFIED", "CJK COMPATIBILITY IDEO"))
+            alone = kind[0] == "P" or c in "$+<=>^`|~" or name[:3] + kind == "CJKLo"
             if c in "\t\n\r" or kind not in ("Cc", "Cf", "Co", "Mn") and c != "\ufffd":
                 spaced.append(f" {c} " if alone else c.lower())
         return "".join(spaced).split()
 
-    def image_tower(self, w, pixels):
-        """Embeddings (N, D), not normalised, of pixels (N, 3, 224, 224)."""
-        x = F.conv2d(pixels, *(w[VISION + PATCHES + part] for part in ("weight", "bias")), stride=4)
+    def image_tower(self, w, pixels, every_token=False):
+        """Embeddings (N, D), not normalised, of pixels (N, 3, 224, 224); or tokens (N, 49, D)."""
+        patches = VISION + "embeddings.patch_embeddings.projection."
+        x = F.conv2d(pixels, w[patches + "weight"], w[patches + "bias"], stride=4)
         x = norm(w, VISION + "embeddings.norm", x.flatten(2).transpose(1, 2))  # (N, 56^2, W)
-        for stage, depth in enumerate(DEPTHS):
+        for stage, depth in enumerate(STAGES):
             p, side = f"{VISION}encoder.layers.{stage}.", 28 >> stage
             for i in range(depth):
                 x = swin_block(w, f"{p}blocks.{i}.", x, 3 * (i % 2 and stage < 3))
@@ -132,7 +102,8 @@ class MedCLIP(Backbone):
                 x = x.view(len(x), side, 2, side, 2, -1).permute(0, 1, 3, 4, 2, 5).flatten(3)
                 x = norm(w, p + "downsample.norm", x.flatten(1, 2))
                 x = x @ w[p + "downsample.reduction.weight"].T
-        return norm(w, VISION + "layernorm", x).mean(1) @ w["vision_model.projection_head.weight"].T
+        x = norm(w, VISION + "layernorm", x)
+        return (x if every_token else x.mean(1)) @ w["vision_model.projection_head.weight"].T
 
     def text_tower(self, w, tokens, lengths):
         """Embeddings (N, D), not normalised, of ids (N, L) or token embeddings (N, L, W)."""
@@ -147,5 +118,3 @@ class MedCLIP(Backbone):
         # depends on the longest text of its batch.
         x = (states[0] + states[1] + states[-1]) * real[..., None]
         return x.sum(1) / (3 * lengths[:, None]) @ w["text_model.projection_head.weight"].T
-
-load_medclip = MedCLIP  # each family's module has a load_<family>(folder)
