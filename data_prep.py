@@ -1,6 +1,6 @@
 """Turn a raw release into a prepared folder that scale.py reads (README, Data); fetch weights.
 
-    python data_prep.py derm7p|padchest-gr RAW                   # RAW: the folder as unpacked
+    python data_prep.py derm7p|padchest-gr|chest-xray|busi RAW   # RAW: the folder as unpacked
     python data_prep.py weights monet|clip|medclip [--from FILE_OR_FOLDER]
 """
 import argparse
@@ -8,25 +8,22 @@ import ast
 import csv
 import io
 import json
-import sys
 import zipfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scale import guarded, open_image, progress, replace_file, stratified_subset
+from scale import HERE, guarded, open_image, progress, replace_file, stratified_subset, write_files
 from weights import InputError, reading
 
-HERE = Path(__file__).resolve().parent
 RELEASES = json.loads((HERE / "weights" / "releases.json").read_text("utf-8"))
 UNPACK = "unpack the release again"
-HEADER = "image", "text", "labels", "split", "patient"  # of samples.csv; labels joined by ;
+SPLITS = {"train": "train", "validation": "valid", "val": "valid", "test": "test"}
 
-
-# ---- What every release needs --------------------------------------------------------------------
 def read_table(path):
     """[(where it stands, row as a dict)] of a CSV file, zipped or not."""
     with reading(path, UNPACK):
@@ -35,22 +32,21 @@ def read_table(path):
         table = [(f"{path} row {n}", row) for n, row in enumerate(rows, 2)]
         return table or [(f"{path} without rows", {})]
 
-def write_prepared(folder, root, backbone, template, tasks, samples, note="", exclusive=True):
+def write_prepared(release, folder, root, tasks, samples):
     """Write both files from tasks, name -> [(combination, class, concept, images known)], and from
-    samples, rows as HEADER; print the images of every combination beside those known."""
+    the rows of samples.csv; print the images of every combination beside those known."""
+    template, exclusive, settings = RELEASES["settings"][release]
     root = root.relative_to(folder) if root.is_relative_to(folder) else root
-    spec = {"tasks": [], "negative_prompt": "No finding.", "backbone": backbone,
-            "root": str(root), "note": note}
+    spec = {"tasks": [], **settings, "root": str(root)}
     for task, rows in tasks.items():
-        _, classes, concepts, _ = (list(dict.fromkeys(part)) for part in zip(*rows, strict=True))
+        _, classes, concepts, _ = ([*dict.fromkeys(part)] for part in zip(*rows, strict=True))
         spec["tasks"].append({
             "name": task, "exclusive": exclusive, "classes": classes, "concepts": concepts,
             "combinations": [{"name": name, "class": kind, "concept": concept, "prompt":
                               template.format(name)} for name, kind, concept, _ in rows]})
-    csv.writer(table := io.StringIO(), lineterminator="\n").writerows([HEADER, *samples])
-    for name, text in {"taxonomy.json": json.dumps(spec), "samples.csv": table.getvalue()}.items():
-        replace_file(folder / name, partial(Path.write_text, data=text, encoding="utf-8"))
-    if not note:  # not the demo
+    header = "image", "text", "labels", "split", "patient"
+    write_files(folder, {"taxonomy.json": json.dumps(spec), "samples.csv": [header, *samples]})
+    if not spec["note"]:  # not the demo
         print(f"{'images':46}  train  valid   test    all  known  differ by")
         for name, *_, known in sum(tasks.values(), []):
             split = {row[0]: row[3] for row in samples if name in row[2].split(";")}
@@ -60,86 +56,55 @@ def write_prepared(folder, root, backbone, template, tasks, samples, note="", ex
 
 
 # ---- Derm7p: the 28 expressions of the seven-point checklist -------------------------------------
-# criterion -> expression -> (score, images in the official train, valid and test split). A score
+# criterion -> expression -> (score, images in the official train, valid, test split, name). A score
 # above 0 speaks for melanoma: the class belongs to the expression, not to the patient's diagnosis.
 DERM7P = RELEASES["derm7p"]
-TEMPLATE = "A photo of a skin lesion with {}"  # Sec. 2.3
 
-def combination_name(criterion, expression):
-    """'pigmentation', 'diffuse irregular' -> 'diffuse irregular pigmentation'."""
-    name = f"{expression} {criterion.replace('_', ' ')}"
-    return RELEASES["phrases"].get(name, name)
-
-def prepare_derm7p(raw, folder, backbone="monet", note=""):
+def prepare_derm7p(raw, folder, release="derm7p"):
     """Prepare release_v0. # Choice: the official splits, the dermoscopic images."""
     raw, samples = raw.resolve() / ("release_v0" if (raw / "release_v0").is_dir() else ""), []
     root, meta = raw / "images", raw / "meta"
     # Folder and file names differ in case from meta.csv: FCl/Fcl068.jpg lies in FCL/.
-    found = {p.relative_to(root).as_posix().lower(): p for p in root.glob("*/*")}
+    images = (path.relative_to(root).as_posix() for path in root.glob("*/*"))
+    found = {image.lower(): image for image in images}
     for where, row in read_table(meta / "meta.csv"):
         with reading(where, UNPACK):
-            if int(row["seven_point_score"]) != sum(DERM7P[c][row[c]][0] for c in DERM7P):
+            scores, *_, names = zip(*(DERM7P[c][row[c]] for c in DERM7P), strict=True)
+            if int(row["seven_point_score"]) != sum(scores):
                 raise ValueError("seven_point_score is not the sum of the expressions' scores")
-            labels = ";".join(combination_name(c, row[c]) for c in DERM7P)
-            image = found[row["derm"].lower()].relative_to(root).as_posix()
-            samples.append([image, "", labels, "", row["case_num"]])
+            samples.append([found[row["derm"].lower()], "", ";".join(names), "", row["case_num"]])
     for part in ("train", "valid", "test"):
         for where, row in read_table(meta / f"{part}_indexes.csv"):
             with reading(where, UNPACK):
-                sample = samples[int(row["indexes"])]
-                if sample[3]:
-                    raise ValueError(f"row {row['indexes']} of meta.csv, from 0, is in two splits")
-                sample[3] = part
-    if not all(sample[3] for sample in samples):
-        raise InputError(f"{meta}: a row of meta.csv is in no split; unpack the release again.")
-    tasks = {criterion: [
-        (combination_name(criterion, e), "melanoma" if score else "nevus", e, sum(known))
-        for e, (score, *known) in table.items()] for criterion, table in DERM7P.items()}
-    write_prepared(folder.resolve(), root, backbone, TEMPLATE, tasks, samples, note)
-
-def prepare_demo(data):
-    """Draw phantoms into <data>/demo/release_v0 and prepare them as Derm7p; return the folder."""
-    from weights.phantoms import write_demo_release
-
-    folder, note = data / "demo", "synthetic phantoms: no patient, no medical meaning"
-    print(f"{folder}: drawing {note}", file=sys.stderr)
-    write_demo_release(folder / "release_v0", DERM7P)
-    prepare_derm7p(folder, folder, "demo", note)
-    return folder
+                samples[int(row["indexes"])][3] += part
+    if wrong := [n for n, row in enumerate(samples) if row[3] not in ("train", "valid", "test")]:
+        raise InputError(f"{meta}: row {wrong[0]} of meta.csv, from 0, is in no split or in two; "
+                         f"{UNPACK}.")
+    tasks = {criterion: [(name, "melanoma" if score else "nevus", e, sum(known))
+                         for e, (score, *known, name) in expressions.items()]
+             for criterion, expressions in DERM7P.items()}
+    write_prepared(release, folder.resolve(), root, tasks, samples)
 
 
 # ---- PadChest-GR: 12 combinations, by the label and the locations of a finding (Sec. 2.3) --------
-PADCHEST_SPLITS = {"train": "train", "validation": "valid", "test": "test"}
-
 def padchest_labels(label, locations):
-    """Names of the combinations that a finding states; in a rule of the table a comma is or.
-
+    """Names of the combinations that a finding states, by all locations of one of their lists.
     # Choice: laminar atelectasis is none, blunted angles and loculated effusions are effusions; of
-    the three angles the first that fits, so that one without a side is bilateral.
-    """
+    the three angles the first that fits, so that one without a side is bilateral."""
     fits = [name for name, kind, _, _, rule in RELEASES["padchest-gr"]
-            if label in RELEASES["labels"][kind]
-            and any({*option.split(" + ")} <= {*locations} for option in rule.split(", "))]
+            if label in RELEASES["labels"][kind] and any({*part} <= {*locations} for part in rule)]
     angles = [name for name in fits if name.endswith("angle")]
     return [name for name in fits if name not in angles[1:]]
 
-def shrink(source, target):
-    """Write an 8-bit grey PNG whose long side has 256 pixels."""
-    image = open_image(source).convert("L")
-    image.thumbnail((256, 256), Image.Resampling.BICUBIC)
-    replace_file(target, partial(image.save, format="PNG"))
-
-def prepare_padchest(raw, folder, language="en", official=False, seed=0):
+def prepare_padchest(raw, folder, rng, language, official):
     """Prepare PadChest-GR, one row for an image and a sentence with all that it states.
-
     # Choice: master_table.csv alone, which repeats the positive findings of grounded_reports.
-    # Choice: 15% of the patients are test, by chance, the rest train; or the official split.
-    """
+    # Choice: 15% of the patients are test, by chance, the rest train; or the official split."""
     stated, patients, studies = {}, {}, {}
-    path = next(iter(sorted(raw.rglob("master_table.csv*"))), raw / "master_table.csv")
+    path = min(raw.rglob("master_table.csv*"), default=raw / "master_table.csv")
     for where, row in read_table(path):
         with reading(where, UNPACK):
-            image, study = row["ImageID"], (row["PatientID"], PADCHEST_SPLITS[row["split"]])
+            image, study = row["ImageID"], (row["PatientID"], SPLITS[row["split"]])
             locations = ast.literal_eval(row["locations"])
             if type(locations) is not list or Path(image).name != image or not study[0]:
                 raise ValueError("locations: no list, ImageID: no file name, or no PatientID")
@@ -150,13 +115,12 @@ def prepare_padchest(raw, folder, language="en", official=False, seed=0):
                 stated.setdefault((f"images/{image}", text, *study), {})[name] = True
                 patients.setdefault(study[0], set()).add(name)
     if not stated:
-        raise InputError(f"{path} states none of the combinations: unpack the release again.")
+        raise InputError(f"{path} states none of the combinations: {UNPACK}.")
     tasks = [row[:4] for row in RELEASES["padchest-gr"]]
     truth = torch.tensor([[row[0] in names for row in tasks] for names in patients.values()])
-    test = stratified_subset(truth, 0.15, torch.Generator().manual_seed(seed))
-    test = {patient for k, patient in enumerate(patients) if k in test}
-    samples = [[image, text, ";".join(names), part if official else
-                "test" if patient in test else "train", patient]
+    test = stratified_subset(truth, 0.15, rng)
+    drawn = {patient: "test" if k in test else "train" for k, patient in enumerate(patients)}
+    samples = [[image, text, ";".join(names), part if official else drawn[patient], patient]
                for (image, text, patient, part), names in stated.items()]
     todo = sorted({row[0] for row in samples if not (folder / row[0]).exists()})
     found = {f"images/{path.name}": path for path in raw.rglob("*.png")} if todo else {}
@@ -164,8 +128,33 @@ def prepare_padchest(raw, folder, language="en", official=False, seed=0):
         raise InputError(f"{raw} lacks {len(lost)} images, first {lost[0][7:]}: join and unpack "
                          "PadChest_GR.zip.001 to .037 there.")
     for name in progress(todo, len(todo), "images"):
-        shrink(found[name], folder / name)
-    write_prepared(folder, folder, "medclip", "{}.", {"findings": tasks}, samples, exclusive=False)
+        image = open_image(found[name]).convert("L")  # of 16 bits, long side over 2,000
+        image.thumbnail((256, 256), Image.Resampling.BICUBIC)
+        replace_file(folder / name, partial(image.save, format="PNG"))
+    write_prepared("padchest-gr", folder, folder, {"findings": tasks}, samples)
+
+
+# ---- Images in folders named by their class ------------------------------------------------------
+def prepare_folders(release, raw, folder, rng):
+    """Prepare [train|val|test/]<class>/<image>. # Choice: or 15% test, 15% valid, by chance."""
+    known, root, found = RELEASES[release], raw.resolve(), {}
+    for path in sorted(root.rglob("*.*"), key=lambda path: (len(path.parts), path)):
+        part, kind, name = ("", "", *path.relative_to(root).as_posix().lower().split("/"))[-3:]
+        if (kind in known and name.endswith((".png", ".jpg", ".jpeg")) and "_mask" not in name
+                and not name.startswith("._")):  # nor is a second copy, deeper down, taken
+            found.setdefault((SPLITS.get(part, ""), kind, name), path.relative_to(root).as_posix())
+    have = {key[:2] for key in found if key[0] != "valid"}
+    if have not in ({*product(["train", "test"], known)}, {*product([""], known)}):
+        raise InputError(f"{raw} needs images in folders {', '.join(known)}, in train and test or "
+                         f"without splits: {UNPACK}.")
+    samples = [[image, "", kind, part, ""] for (part, kind, _), image in found.items()]
+    truth = torch.tensor([[row[2] == kind for kind in known] for row in samples])
+    held = stratified_subset(truth, 0.3, rng)
+    test = held[stratified_subset(truth[held], 0.5, rng)]
+    for k, row in enumerate(samples):
+        row[3] = row[3] or ("test" if k in test else "valid" if k in held else "train")
+    tasks = {"diagnosis": [(kind, kind, kind, count) for kind, count in known.items()]}
+    write_prepared(release, folder, root, tasks, samples)
 
 
 # ---- Weights -------------------------------------------------------------------------------------
@@ -205,7 +194,7 @@ def main(argv=None):
     """Run the command line; return its exit code."""
     parser = argparse.ArgumentParser(prog="data_prep.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("release", choices=("derm7p", "padchest-gr", "weights"))
+    add("release", choices=("derm7p", "padchest-gr", "chest-xray", "busi", "weights"))
     add("raw", metavar="RAW", type=Path, help="the release as unpacked; or monet, clip, medclip")
     add("--data", default="data", type=Path, help="where to write [data]")
     add("--language", default="en", choices=("en", "es"), help="PadChest-GR's sentences [en]")
@@ -213,12 +202,13 @@ def main(argv=None):
     add("--seed", default=0, type=int, help="of splits by chance [0]")
     add("--from", dest="given", type=Path, help="weights on disk: a file or a folder")
     args = parser.parse_args(argv)
-    folder = (args.data / args.release).resolve()
+    raw, out = args.raw, (args.data / args.release).resolve()
+    rng = torch.Generator().manual_seed(args.seed)
     return guarded("data_prep.py", {
-        "weights": lambda: fetch_weights(str(args.raw), args.given),
-        "derm7p": lambda: prepare_derm7p(args.raw, folder),
-        "padchest-gr": lambda: prepare_padchest(args.raw, folder, args.language,
-                                                args.official_split, args.seed)}[args.release])
+        "weights": lambda: fetch_weights(str(raw), args.given),
+        "derm7p": lambda: prepare_derm7p(raw, out),
+        "padchest-gr": lambda: prepare_padchest(raw, out, rng, args.language, args.official_split),
+    }.get(args.release, lambda: prepare_folders(args.release, raw, out, rng)))
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
