@@ -6,6 +6,7 @@ Reference implementation of Engelson, Ehrhardt, Handels, SPIE Medical Imaging 20
     python scale.py --dataset demo --frac 0.05        # synthetic phantoms, one minute, no download
     python scale.py --dataset derm7p --frac 0.05      # after data_prep.py; MONET in weights/monet
     python scale.py --dataset derm7p --sweep          # every fraction and split; report, figures
+    python scale.py --predict a.jpg --run runs/RUN    # the classes of images, and the reasons
 
 It reads in the order in which data flow. `grep -n '^# ----' scale.py` prints its contents,
 `grep -n Choice *.py */*.py` every decision that the paper leaves open.
@@ -24,9 +25,11 @@ Glossary: name in the code, symbol in the paper, shape
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -37,46 +40,49 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
-from html import escape
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kernels.supcon import product_supcon_loss
 from weights import InputError, reading
-from weights.clip import load_clip
-from weights.medclip import is_medclip, load_medclip
+from weights.clip import CLIP
+from weights.medclip import MedCLIP, is_medclip
 
 HERE = Path(__file__).resolve().parent
 LEVELS, SCORES = ("class", "class_concept"), ("accuracy", "recall", "f1", "auc", "auc_pair")
 
 
 # ---- 1. Settings: every flag, its default, its meaning, the paper's section ----------------------
-def flag(default, text, named=True, fits=None):
-    """A field that is also a flag; named: in a run's folder name; fits: (low, high] or pattern."""
-    return field(default=default, metadata={"help": text, "named": named, "fits": fits})
+def flag(value, text, named=True, fits=None):
+    """A field that is also a flag; named: it makes another run; fits: (low, high] or pattern."""
+    return field(default=value, metadata=dict(help=text + " [%(default)s]", named=named, fits=fits))
 
 @dataclass(frozen=True)
 class Config:
     """All settings; `--some-name` on the command line sets `some_name`."""
-    dataset: str = flag("", "demo, or a prepared folder: its path, or its name in --data", False)
-    frac: float = flag(1.0, "share of the training images (Sec. 2.3)", False, (0, 1))
-    method: str = flag("zeroshot,linear-weighted,scale", "comma list, or all", False)
+    dataset: str = flag("", "demo, or a prepared folder: its path, or its name in --data")
+    frac: float = flag(1.0, "share of the training images (Sec. 2.3)", True, (0, 1))
+    method: str = flag("zeroshot,linear-weighted,scale", "comma list, or all")
     backbone: str = flag("", "name in weights/ or a folder; default: the data set's own", False)
     splits: int = flag(0, "stratified subsets; 0: five, as the paper; one at 1", False, (-1, 1000))
-    seed: int = flag(0, "seed of the first subset and of its training", False, (-1, 10**9))
+    seed: int = flag(0, "seed of the first subset and of its training", True, (-1, 10**9))
     data: str = flag("data", "where the prepared folders lie", False)
     out: str = flag("runs", "where the runs and the cache of embeddings go", False)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", False)
     sweep: bool = flag(False, "fractions .05 .1 .25 .5 1; report and figures in --out", False)
+    predict: tuple = flag((), "image files: print their classes and what decided them", False)
+    run: str = flag("", "folder of a finished run of scale, for --predict", False)
     criterion: str = flag("", "restrict to one task, such as pigmentation; default: all, jointly")
-    shuffle_labels: bool = flag(False, "control: train on shuffled labels, expect chance")
+    shuffle_labels: float = flag(0.0, "control: shuffle this share of the training labels; without "
+                                 "a number all, which should give chance", True, (-1e-9, 1))
+    views: int = flag(0, "views of a training image; 0: 8 with reports, else 1", True, (-1, 99))
     epochs: int = flag(150, "passes over the subset (Sec. 2.3.2)", True, (0, 10**6))
     lr: float = flag(1e-3, "learning rate (Sec. 2.3.2)", True, (0, 100))
     batch_size: int = flag(0, "0: all samples up to 1,024, else 256", True, (-1, 10**6))
@@ -86,22 +92,24 @@ class Config:
     lambdas: str = flag("", "weights of concept, class, rows, columns (Eq. 3); default: 1,1,.1,.1; "
                         "multi-label: 1,1,1,1", True, r"|(\d*\.?\d+(e-?\d+)?(,(?!$)|$)){4}")
     rows: str = flag("unit", "rows of Q in Eq. 2: unit length, or raw as written", True, "unit|raw")
+    ce: str = flag("softmax", "entropies of Eq. 3; bce: one for each margin", True, "softmax|bce")
     negative_prompt: str = flag("", "second prompt of the AUC; default: the data set's own")
 
 def parse(argv):
     """Command line -> Config. Errors: argparse's own (exit code 2), InputError for bad values."""
     parser = argparse.ArgumentParser(prog="scale.py", description=__doc__.split("\n\n")[0])
-    for f in fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), required=f.name == "dataset", **kind,
-                            default=f.default, help=f.metadata["help"] + " [%(default)s]")
+    flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config)}
+    for name, f in flags.items():
+        kind = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}.get(f.type, {"type": f.type})
+        kind |= {"nargs": "?", "const": 1.0} if f.name == "shuffle_labels" else {}
+        parser.add_argument(name, default=f.default, help=f.metadata["help"], **kind)
     config = Config(**vars(parser.parse_args(argv)))
-    for f in fields(Config):
+    for name, f in flags.items():
         value, fits = getattr(config, f.name), f.metadata["fits"]
-        if fits and not (re.fullmatch(fits, value) if isinstance(fits, str) else
-                         fits[0] < value <= fits[1]):
-            form = f"match {fits}" if isinstance(fits, str) else "be above %g, at most %g" % fits
-            raise InputError(f"--{f.name.replace('_', '-')} {value} must {form}.")
+        if isinstance(fits, str) and not re.fullmatch(fits, value):
+            raise InputError(f"{name} {value} must match {fits}.")
+        if isinstance(fits, tuple) and not fits[0] < value <= fits[1]:
+            raise InputError(f"{name} {value} must be above {fits[0]:g}, at most {fits[1]:g}.")
     return config
 
 
@@ -128,8 +136,8 @@ def make_taxonomy(spec):
     combinations = [c for task in tasks for c in task["combinations"]]
     words = [*(spec.get(key, "") for key in ("backbone", "negative_prompt", "root", "note")),
              *(task["name"] for task in tasks), *(c["prompt"] for c in combinations)]
-    if len({c["name"] for c in combinations}) < len(combinations):
-        raise ValueError("combination names must be unique over all tasks")
+    if any(len({x["name"] for x in part}) < len(part) for part in (tasks, combinations)):
+        raise ValueError("names of tasks, and of combinations over all tasks, must be unique")
     if {type(x) for x in words} != {str} or {type(task["exclusive"]) for task in tasks} != {bool}:
         raise ValueError("names, prompts and backbone must be texts, exclusive true or false")
     return Taxonomy(spec, tasks, *(make_level(tasks, *keys) for keys in (
@@ -137,17 +145,14 @@ def make_taxonomy(spec):
 
 def make_level(tasks, part, listed):
     """Columns in the order that tasks list them, each with the combinations it is made of."""
-    columns, h = {}, 0
-    for t, task in enumerate(tasks):
-        for c in task["combinations"]:
-            place = task[listed].index(c[part]) if listed else h  # ValueError: not in the list
-            columns.setdefault((t, place, c[part]), []).append(h)
-            h += 1
-    keys = sorted(columns)
-    size = max(map(len, columns.values()))
-    members = [(columns[key] + columns[key][:1] * size)[:size] for key in keys]
-    own = torch.tensor([t for t, _, _ in keys]) == torch.arange(len(tasks))[:, None]
-    return Level([name for _, _, name in keys], own, torch.tensor(members))
+    parts = [(t, task[listed].index(c[part]) if listed else i, c[part])  # ValueError: not listed
+             for t, task in enumerate(tasks) for i, c in enumerate(task["combinations"])]
+    columns = sorted(set(parts))
+    members = [[h for h, other in enumerate(parts) if other == column] for column in columns]
+    size = max(map(len, members))
+    members = torch.tensor([(row + row[:1] * size)[:size] for row in members])
+    own = torch.tensor([t for t, _, _ in columns]) == torch.arange(len(tasks))[:, None]
+    return Level([name for _, _, name in columns], own, members)
 
 @dataclass(frozen=True)
 class Samples:
@@ -158,14 +163,24 @@ class Samples:
     sentence: torch.Tensor  # (N, H) number of the text that says h of the image; -1: not shown
     texts: list             # S report sentences, none where prompts come from the taxonomy
 
+def find_folder(config):
+    """The prepared folder of a data set; `demo` is drawn when it is missing."""
+    for folder in (Path(config.data) / config.dataset, Path(config.dataset)):
+        if (folder / "samples.csv").is_file():
+            return folder
+    if config.dataset == "demo":
+        from weights.phantoms import prepare_demo
+        return prepare_demo(Path(config.data))
+    raise InputError(f"--dataset {config.dataset!r} is no prepared folder: write it as the README "
+                     "says, or run python data_prep.py derm7p|padchest-gr path/to/release.")
+
 def read_samples(folder, criterion=""):
     """Samples of a prepared folder (of one task: `criterion`); InputError names the wrong row."""
-    mend = "see README, Data, or run data_prep.py again"
+    mend, table = "see README, Data, or run data_prep.py again", folder / "samples.csv"
     with reading(folder / "taxonomy.json", mend):
         taxonomy = make_taxonomy(json.loads((folder / "taxonomy.json").read_text("utf-8")))
         root = folder / taxonomy.spec.get("root", "")
-    with (reading(folder / "samples.csv", mend),
-          open(folder / "samples.csv", newline="", encoding="utf-8-sig") as file):
+    with reading(table, mend), open(table, newline="", encoding="utf-8-sig") as file:
         names, split, sentence, texts = read_rows(list(csv.DictReader(file)), taxonomy)
     if criterion:
         tasks = {task["name"]: task for task in taxonomy.tasks}
@@ -177,11 +192,10 @@ def read_samples(folder, criterion=""):
 
 def read_rows(rows, taxonomy):
     """(images, split, sentence, texts) of the rows; ValueError says which row is wrong."""
-    column = {name: h for h, name in enumerate(taxonomy.combination.names)}
-    images, texts, home = {}, {}, {}
+    names, images, texts, home = taxonomy.combination.names, {}, {}, {}
     for number, row in enumerate(rows, 2):
         labels, split = [name for name in row["labels"].split(";") if name], row["split"]
-        if unknown := [name for name in labels if name not in column]:
+        if unknown := [name for name in labels if name not in names]:
             raise ValueError(f"row {number}: label {unknown[0]!r} is not in taxonomy.json")
         if split not in ("train", "valid", "test") or not row["image"]:
             raise ValueError(f"row {number}: no image, or split {split!r} not train, valid or test")
@@ -190,14 +204,12 @@ def read_rows(rows, taxonomy):
                 raise ValueError(f"row {number}: {key} {row[key]} is in another split too")
         if bool(row.get("text")) != bool(rows[0].get("text")):
             raise ValueError(f"row {number}: a text must stand in every row or in none")
-        shown = images.setdefault(row["image"], {})  # an image may stand in several rows
         text = texts.setdefault(row["text"], len(texts)) if row.get("text") else 0
-        shown |= {column[name]: text for name in labels}
+        images.setdefault(row["image"], {}).update(dict.fromkeys(labels, text))  # of several rows
     split = np.array([home["image", image] for image in images])
     if missing := {"train", "test"} - set(split):
         raise ValueError(f"no row has split {min(missing)}")
-    sentence = torch.tensor([[shown.get(h, -1) for h in column.values()]
-                             for shown in images.values()])
+    sentence = torch.tensor([[x.get(name, -1) for name in names] for x in images.values()])
     for task, own in zip(taxonomy.tasks, taxonomy.combination.own, strict=True):
         counts = zip(images, (sentence[:, own] >= 0).sum(1).tolist(), strict=True)
         if wrong := [pair for pair in counts if task["exclusive"] and pair[1] != 1]:
@@ -213,10 +225,9 @@ def at_level(values, level):
 def stratified_subset(truth, fraction, generator):
     """Iterative stratification (Sechidis et al. 2011): round(fraction * N) sorted row numbers.
 
-    truth (N, K) bool. The rarest label is dealt out first, each row to the side that still wants
-    more of that label.  # Choice: sklearn's stratification refuses labels with one member.
+    truth (N, K) bool. The rarest label is dealt out first, each row to the side that wants more.
     """
-    labels, n = truth.numpy(), len(truth)
+    labels, n = truth.numpy(), len(truth)  # Choice: sklearn's way refuses labels with one member
     wanted = labels.sum(0) * np.array([[fraction], [1 - fraction]])  # (2, K)
     room = [round(fraction * n), n - round(fraction * n)]
     chosen = np.full(n, -1)
@@ -237,30 +248,30 @@ def load_backbone(name_or_folder, device="cpu"):
     """Frozen encoder of weights/<name>/ or a folder, a `weights.Backbone`; InputError if unfit."""
     folders = HERE / "weights" / name_or_folder, Path(name_or_folder)
     folder = next(filter(Path.is_dir, folders), folders[0])
-    return (load_medclip if is_medclip(folder) else load_clip)(folder).to(device)
+    return (MedCLIP if is_medclip(folder) else CLIP)(folder).to(device)
 
 def progress(items, total, label):
-    """Yield items; show count and time left: one redrawn line in a terminal, few in a log."""
-    start, shown, live = time.monotonic(), 0.0, sys.stderr.isatty()
+    """Yield items; show count, rate, time left: redrawn in a terminal, at 1, 2, 4, ... in a log."""
+    start, live = time.monotonic(), sys.stderr.isatty()
     for done, item in enumerate(items, 1):
         yield item
-        now = time.monotonic() - start
-        if done == total or now - shown > (0.2 if live else 30):
-            shown = now
-            line = (f"{label} {done}/{total}, {done / now:.1f} a second, "
-                    f"{now / done * (total - done):.0f} s left")
-            print(f"\r\x1b[K{line}" if live else line, end="" if live and done < total else "\n",
-                  file=sys.stderr, flush=True)
+        if live or done == total or not done & (done - 1):
+            rate = done / (time.monotonic() - start)
+            line = f"{label} {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left"
+            sys.stderr.write(line.ljust(79 * live) + ("\r" if live and done < total else "\n"))
 
 def replace_file(path, write):
-    """Call write(temporary path), then rename: a file under its final name is whole."""
+    """Call write(temporary path), then rename: a file or folder under its final name is whole."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(unfinished := path.with_name(f".{path.name}.{os.getpid()}"))
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write(unfinished)
+    shutil.rmtree(path, ignore_errors=True)  # a folder; a file is replaced as it stands
     os.replace(unfinished, path)
 
 def open_image(path):
     """Decode an image completely; InputError names a missing, truncated or foreign file."""
-    with reading(path, "restore the image, or drop its row from samples.csv"):
+    with reading(path, "restore the image, or leave it out (of samples.csv)"):
         image = Image.open(path)
         image.load()
         if image.mode[0] in "IF":  # over 8 bits, which Pillow would clip. Choice: maximum is white
@@ -268,58 +279,71 @@ def open_image(path):
             image = Image.fromarray((x * (255 / max(x.max(), 1))).round().astype(np.uint8))
         return image
 
-def embed(backbone, images, texts, cache_file, batch=32):
-    """Unit features (N, D) of image files, (M, D) of texts, through a cache keyed by content.
-
-    cache_file is one checkpoint's and names a feature by the sha256 of its image file or text. It
-    is saved every 20 s and after an error: the next run goes on in the same batches.
-    """
-    try:
-        cache = load_file(cache_file) if cache_file.exists() else {}
-    except SafetensorError:
-        cache = {}  # damaged: computed again
-    known, saved = len(cache), time.monotonic()
-    text_keys = [hashlib.sha256(b"text:" + text.encode()).hexdigest() for text in texts]
-    new = {key: text for key, text in zip(text_keys, texts, strict=True) if key not in cache}
-    image_keys = [digest_file(path) for path in images]
-    files = dict(zip(image_keys, images, strict=True))
-    chunks = [list(files)[i:i + batch] for i in range(0, len(files), batch)]
-    todo = [chunk for chunk in chunks if not cache.keys() >= set(chunk)]
-    decoded = decode_ahead(backbone.preprocess, files, todo)
-    try:
-        for key, text in progress(new.items(), len(new), "embedding texts"):
-            cache[key] = F.normalize(backbone.encode_text([text])[0].cpu(), dim=-1)  # unpadded
-        for keys, pixels in progress(decoded, len(todo), f"embedding, batches of {batch}:"):
-            features = F.normalize(backbone.encode_image(pixels).cpu(), dim=-1)
-            cache = dict(zip(keys, features, strict=True)) | cache
-            if time.monotonic() - saved > 20:
-                replace_file(cache_file, functools.partial(save_file, cache))
-                saved = time.monotonic()
-    finally:
-        if len(cache) > known:
-            replace_file(cache_file, functools.partial(save_file, cache))
-    return tuple(torch.stack([cache[key] for key in keys]) for keys in (image_keys, text_keys))
-
-def decode_ahead(preprocess, files, chunks):
-    """Yield (keys, pixels (B, 3, H, W)) of each chunk while the next one is being decoded."""
-    ahead = []
-    with ThreadPoolExecutor(4) as pool:
-        for chunk in [*chunks, []]:
-            ahead.append((chunk, pool.map(lambda key: preprocess(open_image(files[key])), chunk)))
-            if len(ahead) > 1:
-                keys, pixels = ahead.pop(0)
-                yield keys, torch.stack(list(pixels))
+def augment(image, view):
+    """MedCLIP's training augmentation, seeded by `view`; 0: none. Choice: no left-right flip."""
+    if not view:
+        return image
+    rng, size = np.random.default_rng(view), np.array(image.size)
+    white = Image.new("RGBA", image.size, "white")  # behind what is transparent
+    image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB").rotate(
+        rng.uniform(-10, 10), translate=tuple(rng.uniform(-1, 1, 2) * size / 16))
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast):
+        image = change(image).enhance(rng.uniform(.8, 1.2))
+    side = size * 7 / 8 / rng.uniform(.8, 1.1)
+    start = (size - side) * rng.uniform(size=2)
+    return image.crop(np.hstack([start, start + side]).round().astype(int).tolist())
 
 def digest_file(path):
     """sha256 of a file's bytes; InputError if it cannot be read."""
-    with reading(path, "restore it, or drop its row from samples.csv"), open(path, "rb") as file:
+    with reading(path, "restore it, or leave it out (of samples.csv)"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+def embed(keys, items, folder, load, encode):
+    """Unit features (N, D) of N items; a key, a hash of the content, names each in the cache.
+
+    folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit.
+    """
+    cache, items = {}, dict(zip(keys, items, strict=True))
+    for path in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError):  # damaged: computed again
+            cache |= load_file(path)
+    batches = [list(items)[i:i + 32] for i in range(0, len(items), 32)]
+    todo = [batch for batch in batches if not cache.keys() >= set(batch)]
+    with ThreadPoolExecutor(4) as pool:  # pairwise: the next is loaded while one is encoded
+        loaded = itertools.pairwise(pool.map(load, map(items.get, batch)) for batch in [*todo, []])
+        steps = progress(zip(todo, loaded, strict=True), len(todo), "embedding, batches of 32:")
+        for batch, (ready, _) in steps:
+            features = zip(batch, F.normalize(encode([*ready]).cpu(), dim=-1), strict=True)
+            new = {key: feature for key, feature in features if key not in cache}
+            name = hashlib.sha256("".join(new).encode()).hexdigest() + ".safetensors"
+            replace_file(folder / name, functools.partial(save_file, new))
+            cache |= new
+    return torch.stack([cache[key] for key in keys])
+
+def embed_images(backbone, pictures, folder):
+    """Unit features (N, D) of N pictures (path, view), from the cache in `folder` or computed."""
+    digest = functools.cache(digest_file)  # once for all views
+    return embed([f"{digest(path)}.{view}" for path, view in pictures], pictures, folder,
+                 lambda picture: backbone.preprocess(augment(open_image(picture[0]), picture[1])),
+                 lambda pixels: backbone.encode_image(torch.stack(pixels)))
+
+def embed_both(pictures, texts, name, config):
+    """Unit features of pictures and texts by backbone `name`, it, and its checkpoint's sha256."""
+    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    with reading(f"--device {device}", "try --device cpu"):
+        backbone = load_backbone(name, device)
+    checkpoint = digest_file(backbone.path)
+    key = hashlib.sha256((checkpoint + json.dumps(backbone.describe())).encode()).hexdigest()
+    cache = Path(config.out) / "cache" / key[:16]
+    keys = [hashlib.sha256(b"text:" + text.encode()).hexdigest() for text in texts]
+    words = embed(keys, texts, cache, str, lambda batch: torch.cat(
+        [backbone.encode_text([text]) for text in batch]))  # alone: none depends on another
+    return embed_images(backbone, pictures, cache), words, backbone, checkpoint
 
 
 # ---- 5. Adapters (Sec. 2.1, Eq. 1) ---------------------------------------------------------------
 class Adapter(nn.Module):
     """Eq. 1: f' = alpha * ReLU(f W1) W2 + (1 - alpha) * f, then unit length. (N, D) -> (N, D)."""
-
     def __init__(self, dim, hidden, alpha, generator=None):
         super().__init__()
         # Choice: no biases, so that the length of f does not matter, and no outer ReLU (Eq. 1).
@@ -331,17 +355,26 @@ class Adapter(nn.Module):
         self.alpha_logit = nn.Parameter(torch.tensor(math.log(alpha / (1 - alpha))))
 
     def forward(self, features):
-        """Unit features (N, D) -> adapted unit features (N, D)."""
         adapted = self.up(F.relu(self.down(features)))
         return F.normalize(torch.lerp(features, adapted, self.alpha_logit.sigmoid()), dim=-1)
 
 
 # ---- 6. The objective (Sec. 2.2, Eq. 2 and 3) ----------------------------------------------------
-def cross_entropy(z, truth, level, scale):
+def positive_weight(truth):
+    """(K,) n_neg / n_pos of truth (N, K); 1 where none or all are positive."""
+    count = truth.sum(0)
+    return ((len(truth) - count) / count).where(count % len(truth) > 0, 1.0)
+
+def cross_entropy(z, truth, level, scale, nothing=None):
     """Softmax cross-entropy within each task, mean over samples and tasks.
 
     z (N, K) cosines of a level's columns, truth (N, K) one column a task, scale: exp(logit_scale).
+    With nothing (N, 1), cosines of "No finding.": sigmoid cross-entropy of the margins to it, truth
+    with any number of columns, positives weighted against the batch's negatives.
     """
+    if nothing is not None:
+        return F.binary_cross_entropy_with_logits(
+            scale * (z - nothing), truth.to(z.dtype), pos_weight=positive_weight(truth))
     logits = scale * z
     log_sum = logits[:, None].masked_fill(~level.own, -math.inf).logsumexp(-1)  # (N, T)
     return (log_sum.sum() - (logits * truth).sum()) / log_sum.numel()
@@ -357,29 +390,29 @@ def supcon_of_rows(a, b, members, temperature, unit):
         tasks = zip(a, b, members.argmax(-1), strict=True)
         losses = [product_supcon_loss(*task, temperature, unit_rows=unit) for task in tasks]
         return torch.stack(losses).mean()
-    c = a @ (b.mT @ b) / temperature
-    square = (c * a).sum(-1, keepdim=True)  # |q_i|^2 / tau
+    metric = b.mT @ b
     if unit:  # Choice: rows of unit length, as products of raw ones grow with N
-        length = (square * temperature).clamp(min=1e-24).sqrt()
-        a, c, square = a / length, c / length, square / length ** 2
+        a = a / (a @ metric * a).sum(-1, keepdim=True).clamp(min=1e-24).sqrt()
+    c = a @ metric / temperature
     itself = torch.full((a.shape[1],), -1e30, device=a.device, dtype=a.dtype).diag()
     log_sum = torch.baddbmm(itself, c, a.mT).logsumexp(-1)  # over all but i
     count = (members @ members.sum(1)[..., None])[..., 0] - 1  # |P(i)|
-    positive = (c * (members @ (members.mT @ a))).sum(-1) - square[..., 0]
+    positive = (c * (members @ (members.mT @ a) - a)).sum(-1)
     losses = torch.where(count > 0, log_sum - positive / count.clamp(min=1), 0)
     return (losses.sum(1) / (count > 0).sum(1).clamp(min=1)).mean()
 
-def scale_loss(z, truth, taxonomy, logit_scale, temperature, lambdas, unit=True, pairs=None):
+def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs=None, binary=None):
     """Eq. 3, the five-term objective: total and {term: value}.
 
     z (N, H) cosines, truth (N, H) bool with one combination a task, lambdas: the four weights,
     pairs: (N, D) features of the images and of their own texts; None: templated prompts.
+    binary, for --ce bce: cosines (N, 1) of "No finding." and all that the images show (N, H).
     """
-    own = taxonomy.combination.own[:, None]  # (T, 1, H)
-    terms = {name: cross_entropy(at_level(z, level), at_level(truth, level), level, logit_scale)
-             for name, level in (("combination", taxonomy.combination),
-                                 ("concept", taxonomy.concept), ("class", taxonomy.klass))}
-    members = truth * own.to(z.dtype)  # (T, N, H)
+    own, (nothing, shown) = taxonomy.combination.own[:, None], binary or (None, truth)
+    terms = {name: cross_entropy(at_level(z, x), at_level(shown, x), x, scale, nothing)
+             for name, x in (("combination", taxonomy.combination),
+                             ("concept", taxonomy.concept), ("class", taxonomy.klass))}
+    members = truth * own.to(z.dtype)  # (T, N, H), own (T, 1, H)
     a, b = (x.expand(len(own), -1, -1) for x in pairs) if pairs else (z * own, members)
     terms["rows"] = supcon_of_rows(a, b, members, temperature, unit)  # Choice: a term per task
     terms["columns"] = supcon_of_rows(b, a, members, temperature, unit)
@@ -392,45 +425,35 @@ class Embedded:
     """All that a method may see; features have unit length."""
     samples: Samples
     taxonomy: Taxonomy       # of samples, on the device
-    images: torch.Tensor     # (N, D)
+    views: torch.Tensor      # (N, V, D) of the images, the plain view first
     texts: torch.Tensor      # (H + 1, D) one prompt a combination, and "No finding."
     sentences: torch.Tensor  # (S, D) report sentences; (0, D): the prompts are templates
     sentence: torch.Tensor   # (N, H) which of them says h of image i, or -1
     logit_scale: float       # exp of the checkpoint's logit_scale, frozen (# Choice)
     origin: dict             # backbone, prompts, hashes of checkpoint, embeddings, code
     backbone: object = None  # () -> backbone, for the methods that look into the towers
-
-    def truth(self, rows):
-        """(n, H) bool."""
-        return self.sentence[rows] >= 0
+    images = property(lambda self: self.views[:, 0])  # (N, D)
 
     def pairs(self, rows):
-        """(image numbers (P,), truth (P, H)) of a loss's samples: one combination a task.
-
-        Exclusive: the images. Multi-label: each (image, combination) pair, whose positives are
-        the pairs with its combination (Zhang and Wu, 2024).
-        """
-        rows = torch.as_tensor(rows)
-        exclusive = all(task["exclusive"] for task in self.taxonomy.tasks)
-        if len(self.taxonomy.tasks) > 1 and (len(self.sentences) or not exclusive):
+        """(image numbers (P,), truth (P, H)) of a loss's samples: one combination a task."""
+        rows, truth = torch.as_tensor(rows), self.sentence[rows] >= 0
+        if len(self.taxonomy.tasks) == 1:  # (image, combination) pairs, as Zhang and Wu (2024)
+            image, h = truth.nonzero(as_tuple=True)
+            return rows[image.cpu()], F.one_hot(h, truth.shape[1]).bool()
+        if len(self.sentences) or not all(task["exclusive"] for task in self.taxonomy.tasks):
             raise InputError("tasks with several labels or with texts of their own are trained one "
                              "at a time: add --criterion NAME.")
-        if exclusive:
-            return rows, self.truth(rows)
-        image, h = self.truth(rows).nonzero(as_tuple=True)
-        return rows[image.cpu()], F.one_hot(h, self.sentence.shape[1]).bool()
+        return rows, truth
 
     def margins(self, images, texts):
         """(n, H) of unit features (n, D) and (H + 1, D)."""
         return self.logit_scale * images @ (texts[:-1] - texts[-1:]).T
 
-def train(objective, optimizer, n, config, generator, log):
-    """Minimise objective(batch of sample numbers) -> (loss, {term: value}); log every epoch.
-
-    Choice: full batches up to 1,024; the last epoch counts, nothing is selected on test data.
-    """
-    size = config.batch_size or (n if n <= 1024 else 256)
-    for epoch in range(config.epochs):
+def train(objective, tensors, n, config, generator, log, optimizer=None):
+    """Minimise objective(batch of sample numbers) -> (loss, {term: value}); log every epoch."""
+    optimizer = optimizer or torch.optim.Adam(tensors, config.lr, fused=True)  # Choice: no decay
+    size = config.batch_size or (n if n <= 1024 else 256)  # Choice: full batches up to 1,024
+    for epoch in range(config.epochs):  # Choice: the last counts, test data select nothing
         start, sums = time.perf_counter(), {}
         for batch in torch.randperm(n, generator=generator).split(size):
             loss, terms = objective(batch)
@@ -452,158 +475,221 @@ def mix_pairs(truth, generator):
     return shuffled[group[shuffled].argsort(stable=True)][group.argsort(stable=True).argsort()]
 
 def fit_scale(data, rows, config, generator, log):
-    """Train the two adapters (Fig. 1) by Eq. 3."""
-    dim = data.texts.shape[1]
-    adapters = nn.ModuleDict({  # Choice: one per branch
-        branch: Adapter(dim, max(1, dim // config.width), config.alpha, generator)
-        for branch in ("image", "text")}).to(data.texts.device)
+    """Train two adapters (Fig. 1) by Eq. 3. Choice: one per branch."""
+    dim, hidden = data.texts.shape[1], max(1, data.texts.shape[1] // config.width)
+    look, read = (Adapter(dim, hidden, config.alpha, generator) for _ in range(2))
+    tuned = nn.ModuleDict({"image": look, "text": read}).to(data.texts.device)
     rows, truth = data.pairs(rows)
-    own = data.sentence[rows].where(truth, -1).amax(1)  # (P,) each sample's sentence
-    exclusive = data.taxonomy.tasks[0]["exclusive"]
-    lambdas = config.lambdas or ("1,1,0.1,0.1" if exclusive else "1,1,1,1")  # Choice
-    lambdas = [float(part) for part in lambdas.split(",")]
-
+    usual = "1,1,0.1,0.1" if data.taxonomy.tasks[0]["exclusive"] else "1,1,1,1"  # Choice
+    lambdas = [*map(float, (config.lambdas or usual).split(","))]
     if config.rows == "raw":
         print("warning: products of raw rows of Q grow with the batch (Eq. 2)", file=sys.stderr)
-
     def objective(batch):
-        """Eq. 3 of some samples."""
-        images, y = adapters["image"](data.images[rows[batch]]), truth[batch]
-        bank, pairs = adapters["text"](data.texts[:-1]), None  # (H, D), all prompts
+        count = data.views.shape[1]
+        view = torch.randint(count, batch.shape, generator=generator) if count > 1 else 0
+        images, y = look(data.views[rows[batch], view]), truth[batch]
+        bank, pairs, binary = read(data.texts[:-1]), None, None  # (H, D), all prompts
         if len(data.sentences):  # pair mixing: a random sentence of the same combination
-            mixed = own[mix_pairs(truth, generator)[batch]]
-            pairs = images, adapters["text"](data.sentences[mixed])
+            mixed = data.sentence[rows][truth][mix_pairs(truth, generator)[batch]]
+            pairs = images, read(data.sentences[mixed])
             first = pairs[1][y.int().argmax(0)]  # k(h): the batch's first text of h;
             bank = first.where(y.any(0)[:, None], bank)  # Choice: its prompt where none is
+        if config.ce == "bce":
+            binary = images @ read(data.texts[-1:]).T, data.sentence[rows[batch]] >= 0
         return scale_loss(images @ bank.T, y, data.taxonomy, data.logit_scale, config.temperature,
-                          lambdas, config.rows == "unit", pairs)
+                          lambdas, config.rows == "unit", pairs, binary)
 
-    optimizer = torch.optim.Adam(adapters.parameters(), config.lr, fused=True)  # Choice: no decay
-    train(objective, optimizer, len(rows), config, generator, log)
-    log.append({f"alpha_{name}": a.alpha_logit.sigmoid().item() for name, a in adapters.items()})
-    texts = adapters["text"](data.texts)
-    return lambda rows: data.margins(adapters["image"](data.images[rows]), texts), (
-        adapters.state_dict())
+    train(objective, tuned.parameters(), len(rows), config, generator, log)
+    log.append({f"alpha_{name}": a.alpha_logit.sigmoid().item() for name, a in tuned.items()})
+    return lambda rows: data.margins(look(data.images[rows]), read(data.texts)), tuned.state_dict()
 
-def fit_linear(data, rows, config, generator, log, weighted=True, zeroshot=False):
-    """Linear probe, binary cross-entropy; weighted: positives by n_neg / n_pos (Sec. 2.3.2).
-
-    zeroshot: training starts at the zero-shot classifier, as in CLAP (Silva-Rodriguez, 2024).
-    """
-    images, truth = data.images[rows], data.truth(rows)
-    probe = nn.Linear(images.shape[1], truth.shape[1]).to(images.device)
+def fit_linear(data, rows, config, generator, log):
+    """Linear probe, binary cross-entropy; but for `linear`, positives weigh n_neg / n_pos."""
+    images, truth = data.images, data.sentence[rows] >= 0
+    probe = nn.Linear(images.shape[1], truth.shape[1])
     nn.init.kaiming_uniform_(probe.weight, a=math.sqrt(5), generator=generator)
     nn.init.zeros_(probe.bias)
-    if zeroshot:
-        probe.weight.data = data.logit_scale * (data.texts[:-1] - data.texts[-1:])
-    count = truth.sum(0)
-    weight = ((len(truth) - count) / count).where(count > 0, 1.0) if weighted else None
+    if config.method == "linear-zs":  # it starts at zero-shot, as CLAP (Silva-Rodriguez, 2024)
+        images = data.logit_scale * images
+        probe.weight.data.copy_(data.texts[:-1] - data.texts[-1:])
+    weight = None if config.method == "linear" else positive_weight(truth)
+    loss_of = nn.BCEWithLogitsLoss(pos_weight=weight)
+    train(lambda batch: (loss_of(probe(images[rows][batch]), truth[batch].float()), {}),
+          probe.to(images.device).parameters(), len(rows), config, generator, log)
+    return lambda rows: probe(images[rows]), probe.state_dict()
 
-    def objective(batch):
-        """Loss of some images, one decision a column."""
-        return F.binary_cross_entropy_with_logits(
-            probe(images[batch]), truth[batch].float(), pos_weight=weight), {}
+def fit_lbfgs(data, rows, config, generator, log):
+    """Linear probe at its optimum: |w|^2 / 2 + 100 * cross-entropy, balanced in each column."""
+    images = F.pad(data.images.cpu().double(), (0, 1), value=1)  # (N, D + 1)
+    truth = data.sentence[rows].cpu() >= 0
+    balance = len(truth) / 2 / truth.sum(0).where(truth, (~truth).sum(0))  # (n, H)
+    w = images.new_zeros(images.shape[1], truth.shape[1]).requires_grad_()
+    optimizer = torch.optim.LBFGS([w], max_iter=10 ** 4, max_eval=10 ** 5, tolerance_grad=1e-5,
+                                  tolerance_change=0, line_search_fn="strong_wolfe")
+    def objective():
+        # Choice: 100, as features have unit length (CLIP's probes: 0.316 at lengths of 10 to 20).
+        loss = w[:-1].square().sum() / 2 + 100 * F.binary_cross_entropy_with_logits(
+            images[rows] @ w, truth.double(), balance, reduction="sum")
+        w.grad, = torch.autograd.grad(loss, w)
+        return loss
 
-    optimizer = torch.optim.Adam(probe.parameters(), config.lr, fused=True)
-    train(objective, optimizer, len(rows), config, generator, log)
-    return lambda rows: probe(data.images[rows]), probe.state_dict()
+    log.append({"loss_before": optimizer.step(objective).item(), "loss": objective().item()})
+    return lambda rows: images[rows] @ w, {"weight": w}
 
 def fit_coop(data, rows, config, generator, log):
-    """CoOp (Zhou et al., 2022): 16 learnt vectors before each name, through the frozen tower.
-
-    Choice: SGD, momentum .9, decay 5e-4, cosine schedule.
-    """
+    """CoOp (Zhou et al., 2022): 16 learnt vectors before each name, through the frozen tower."""
     backbone, (rows, truth) = data.backbone(), data.pairs(rows)
     names = [*data.taxonomy.combination.names, data.origin["prompts"][-1]]
-    tokens, lengths = (x.to(data.images.device) for x in backbone.tokenize(names))
+    tokens, lengths = (x.to(data.texts.device) for x in backbone.tokenize(names))
     words = backbone.word_table[tokens]  # (H + 1, L, W)
     room = min(16, backbone.context - words.shape[1])
-    context = torch.empty(room, words.shape[2]).normal_(std=.02, generator=generator)
-    context = context.to(words.device).requires_grad_()
-    optimizer = torch.optim.SGD([context], config.lr, momentum=.9, weight_decay=5e-4)
-
-    def texts():
-        """Unit features (H + 1, D) of the names after the learnt vectors."""
-        learnt = context.expand(len(words), -1, -1)
-        prompts = torch.cat([words[:, :1], learnt, words[:, 1:]], 1)
+    context = (.02 * torch.randn(room, words.shape[2], generator=generator)).to(words)
+    # Choice: momentum .9, decay 5e-4, an epoch at a hundredth of the rate, then a cosine.
+    optimizer = torch.optim.SGD([context.requires_grad_()], config.lr, .9, weight_decay=5e-4)
+    def read():
+        prompts = torch.cat([words[:, :1], context.expand(len(words), -1, -1), words[:, 1:]], 1)
         return F.normalize(backbone.text_tower(backbone.tensors, prompts, lengths + room), dim=-1)
 
     def objective(batch):
-        """Cross-entropy of some samples over the combinations."""
-        rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs)
+        rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs) if log else .01
         optimizer.param_groups[0]["lr"] = config.lr * rate
-        z = data.images[rows[batch]] @ texts()[:-1].T
+        z = data.images[rows[batch]] @ read()[:-1].T
         return cross_entropy(z, truth[batch], data.taxonomy.combination, data.logit_scale), {}
 
-    train(objective, optimizer, len(rows), config, generator, log)
-    learnt = texts()
-    return lambda rows: data.margins(data.images[rows], learnt), {"context": context}
+    train(objective, [context], len(rows), config, generator, log, optimizer)
+    return lambda rows: data.margins(data.images[rows], read()), {"context": context}
 
-METHODS = {"clip-zeroshot": fit_zeroshot, "zeroshot": fit_zeroshot,
-           "linear": functools.partial(fit_linear, weighted=False), "linear-weighted": fit_linear,
-           "linear-zs": functools.partial(fit_linear, zeroshot=True), "coop": fit_coop,
-           "scale": fit_scale}
+def towers(data, backbone, tuned):
+    """look(rows, every_token=False) -> unit features (n, D) of images, or (n, L, D) of patches, and
+    read() -> (H + 1, D) of prompts, with tuned() in place of some of the backbone's tensors.
+    """
+    tokens, lengths = (x.to(data.texts.device) for x in backbone.tokenize(data.origin["prompts"]))
+    decode = functools.lru_cache(4096)(  # once a run; 2.5 GB at 224 x 224
+        lambda row: backbone.preprocess(open_image(data.samples.images[row])))
+    def look(rows, every_token=False):
+        w, parts = backbone.tensors | tuned(), torch.as_tensor(rows).split(64)
+        pixels = (torch.stack([decode(row) for row in part.tolist()]) for part in parts)
+        x = torch.cat([backbone.image_tower(w, x.to(tokens.device), every_token) for x in pixels])
+        return F.normalize(x, dim=-1)
+
+    return look, lambda: F.normalize(
+        backbone.text_tower(backbone.tensors | tuned(), tokens, lengths), dim=-1)
+
+def tune(objective, tensors, n, config, generator, log):
+    """Train tensors of the towers. Choice: a tenth of the epochs, batches of 8."""
+    config = replace(config, epochs=max(1, config.epochs // 10), batch_size=config.batch_size or 8)
+    train(objective, tensors, n, config, generator, log)
+
+def fit_lora(data, rows, config, generator, log):
+    """LoRA (Hu et al., 2022), rank 4, of the query and value projections of both towers."""
+    backbone, (rows, truth), factors = data.backbone(), data.pairs(rows), {}
+    for name, w in backbone.tensors.items():
+        if re.search(r"(q_proj|v_proj|query|value)\.weight$", name):
+            down = torch.randn(4, w.shape[1], generator=generator) / w.shape[1] ** .5
+            factors[name] = [x.to(w).requires_grad_() for x in (torch.zeros(len(w), 4), down)]
+    look, read = towers(data, backbone, lambda: {
+        name: backbone.tensors[name] + up @ down for name, (up, down) in factors.items()})
+    def objective(batch):
+        z = look(rows[batch]) @ read()[:-1].T
+        return cross_entropy(z, truth[batch], data.taxonomy.combination, data.logit_scale), {}
+
+    state = {f"{name}.{i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
+    tune(objective, state.values(), len(rows), config, generator, log)
+    return lambda rows: data.margins(look(rows), read()), state
+
+def cluster(features, k, generator):
+    """Centres (k, D), of unit length, of unit features (N, D), by 20 steps of k-means."""
+    centres = features[torch.randperm(len(features), generator=generator)[:k]]
+    for _ in range(20):
+        nearest = F.one_hot((features @ centres.T).argmax(1), len(centres)).to(features.dtype)
+        centres = F.normalize(nearest.T @ features, dim=1)
+    return centres
+
+def fit_hica(data, rows, config, generator, log):
+    """HiCA (arXiv 2501.09294) in two stages, as far as its abstract tells; the rest is a Choice."""
+    backbone, (rows, truth), scale = data.backbone(), data.pairs(rows), data.logit_scale
+    combination, klass = data.taxonomy.combination, data.taxonomy.klass
+    tuned = {name: w.clone().requires_grad_() for name, w in backbone.tensors.items()
+             if name.startswith(backbone.last_block) or re.match("text.*projection", name)}
+    look, read = towers(data, backbone, lambda: tuned)
+    centres = cluster(data.images[rows], len(klass.names), generator)
+    same = klass.own.float().T @ klass.own.float()  # (C, C) classes of one task
+    def first(batch):  # images learn k-means pseudo-labels, prompts to be told apart
+        texts, labels = read(), (data.images[rows[batch]] @ centres.T).argmax(1)
+        apart = (scale * texts @ texts.T).log_softmax(1).diagonal().mean()
+        return F.cross_entropy(scale * look(rows[batch]) @ centres.T, labels) - apart, {}
+
+    def second(batch):  # L_global + L_local, of each prompt's best patch, + L_cross, of classes
+        texts, y = read()[:-1], truth[batch]
+        z, patches = (look(rows[batch], every) @ texts.T for every in (False, True))
+        best, shown = scale * at_level(z, klass), at_level(y, klass)  # (n, C)
+        gap = F.relu(1 + best - (best * shown) @ same)  # to the class shown of the same task
+        terms = {"global": cross_entropy(z, y, combination, scale),
+                 "local": cross_entropy(patches.amax(1), y, combination, scale),
+                 "cross": gap.where(~shown, 0).sum(1).mean()}
+        return sum(terms.values()), terms
+
+    for stage in (first, second):
+        tune(stage, tuned.values(), len(rows), config, generator, log)
+    return lambda rows: data.margins(look(rows), read()), tuned
+
+METHODS = {"clip-zeroshot": fit_zeroshot, "zeroshot": fit_zeroshot, "linear": fit_linear,
+           "linear-weighted": fit_linear, "linear-zs": fit_linear, "linear-lbfgs": fit_lbfgs,
+           "coop": fit_coop, "lora": fit_lora, "hica": fit_hica, "scale": fit_scale}
 
 
 # ---- 8. Metrics (Sec. 2.3.2) ---------------------------------------------------------------------
 def area_under_curve(score, truth):
-    """Area under the ROC curve of score (N,), truth (N,), ties counted half; nan if undefined."""
-    negative, positive = score[~truth].sort().values, score[truth]
-    below = sum(torch.searchsorted(negative, positive, right=ties) for ties in (False, True))
-    return (below.double().mean() / (2 * len(negative))).item()
+    """(K,) areas under the ROC curves of score, truth (N, K), a tie is half; nan if undefined."""
+    score, truth = score.T.contiguous(), truth.T  # (K, N)
+    others = score.masked_fill(truth, math.inf).sort().values  # the negatives first
+    beaten = sum(torch.searchsorted(others, score, right=ties) for ties in (False, True))  # twice
+    return (beaten * truth).sum(1).double() / (2 * truth.sum(1) * (~truth).sum(1))
 
-def mean_of(values):
-    """Mean of the numbers that are defined, nan if none is."""
-    return float(np.mean([v for v in values if v == v] or [math.nan]))
-
-def score_task(margins, truth, exclusive, only=None):
+def score_task(margins, truth, exclusive, skip=0):
     """Accuracy, macro recall, macro F1, AUC of one task at one level, each in [0, 1] or nan.
 
     margins, truth (N, K). Exclusive: arg-max decides; else margin > 0, a two-prompt probability
     above 0.5. Choice: macro means run over the columns that the test set shows; predicting another
-    still costs recall. AUC: mean over columns, or that of column `only`, of the margin to "No
-    finding."; auc_pair: of that to the best other column, as nothing trains "No finding." here.
+    still costs recall. AUC: of the margin to "No finding.", mean over all but `skip` columns;
+    auc_pair: of that to the best other column, as nothing trains "No finding." here.
     """
     decided = F.one_hot(margins.argmax(1), truth.shape[1]).bool() if exclusive else margins > 0
     hits, shown = (decided & truth).sum(0), truth.sum(0)
-    f1 = 2 * hits / (decided.sum(0) + shown).clamp(min=1)
     # Choice: plain accuracy (per binary label where labels do not exclude one another).
-    accuracy = (decided & truth).any(1) if exclusive else decided == truth
-    scores = {"auc": margins}
+    scores = {"accuracy": (decided & truth).any(1) if exclusive else decided == truth,
+              "recall": (hits / shown)[shown > 0],
+              "f1": (2 * hits / (decided.sum(0) + shown))[shown > 0],
+              "auc": area_under_curve(margins, truth)[skip:]}
     if exclusive:
         top = margins.topk(min(2, len(shown)), 1).values
-        scores["auc_pair"] = margins - top[:, :1].where(margins < top[:, :1], top[:, -1:])
-    ranked = [k for k in range(len(shown)) if 0 < shown[k] < len(truth) and only in (None, k)]
-    areas = {name: mean_of(area_under_curve(score[:, k], truth[:, k]) for k in ranked)
-             for name, score in scores.items()}
-    return {"accuracy": accuracy.double().mean().item(),
-            "recall": (hits / shown)[shown > 0].double().mean().item(),
-            "f1": f1[shown > 0].double().mean().item(), **areas}
+        rival = top[:, :1].where(margins < top[:, :1], top[:, -1:])
+        scores["auc_pair"] = area_under_curve(margins - rival, truth)[skip:]
+    return {name: values.double().nanmean().item() for name, values in scores.items()}
 
 def evaluate(margins, truth, trained, taxonomy):
     """All numbers of metrics.json. margins, truth (N, H) of the test set, trained (n, H) truth."""
     per_task = {task["name"]: {} for task in taxonomy.tasks}
     for name, level in zip(LEVELS, (taxonomy.klass, taxonomy.combination), strict=True):
-        for t, task in enumerate(taxonomy.tasks):
-            columns = level.own[t]
+        for task, own in zip(taxonomy.tasks, level.own, strict=True):
             # Choice: of two exclusive classes, the AUC is that of the second, such as melanoma.
-            binary = name == "class" and task["exclusive"] and int(columns.sum()) == 2
-            per_task[task["name"]][name] = score_task(
-                at_level(margins, level)[:, columns], at_level(truth, level)[:, columns],
-                task["exclusive"], 1 if binary else None)
-    means = {name: {score: mean_of(task[name].get(score, math.nan) for task in per_task.values())
-                    for score in SCORES} for name in LEVELS}
-    support = {name: {"train": int(a), "test": int(b)} for name, a, b in
-               zip(taxonomy.combination.names, trained.sum(0), truth.sum(0), strict=True)}
-    return {**means, "per_task": per_task, "support": support,
-            "n_train": len(trained), "n_test": len(truth)}
+            second = name == "class" and task["exclusive"] and own.sum() == 2
+            values = (at_level(x, level)[:, own] for x in (margins, truth))
+            per_task[task["name"]][name] = score_task(*values, task["exclusive"], int(second))
+    means = {name: {} for name in LEVELS}
+    for name, score in itertools.product(LEVELS, SCORES):
+        values = [task[name].get(score, math.nan) for task in per_task.values()]
+        means[name][score] = torch.tensor(values, dtype=torch.double).nanmean().item()
+    return {**means, "per_task": per_task, "n_train": len(trained), "n_test": len(truth),
+            "support": {name: {"train": trained.sum(0)[h].item(), "test": truth.sum(0)[h].item()}
+                        for h, name in enumerate(taxonomy.combination.names)}}
 
 
 # ---- 9. Runs: one folder per method, fraction and split ------------------------------------------
-def run_folder(config, origin):
+def run_folder(config, settings, origin):
     """<out>/<dataset>-<backbone>-<method>-<frac>-s<seed>, and every setting off its default."""
-    changed = [f"{f.name}={getattr(config, f.name)}" for f in fields(Config)
-               if f.metadata["named"] and getattr(config, f.name) != f.default]
+    plain = Config(config.dataset, config.frac, config.method, seed=config.seed)
+    changed = [f"{name}={x}" for name, x in settings.items() if x != getattr(plain, name)]
     name = "-".join([Path(config.dataset).name, Path(origin["backbone"]).name, config.method,
                      f"{config.frac:g}", f"s{config.seed}", *changed])
     return Path(config.out) / "".join(c if c.isalnum() or c in ".,=_-" else "_" for c in name)
@@ -616,182 +702,197 @@ def run_once(config, data):
     samples, generator = data.samples, torch.Generator().manual_seed(config.seed)
     train, test = (np.flatnonzero(samples.split == part) for part in ("train", "test"))
     truth = samples.sentence >= 0
-    labels = torch.cat([truth, at_level(truth, samples.taxonomy.klass)], 1)
-    rows = train[stratified_subset(labels[train], config.frac, generator)]
-    settings = {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["named"]
-                or f.name in ("dataset", "frac", "method", "seed")}
+    classes = at_level(truth, samples.taxonomy.klass)
+    rows = train[stratified_subset(torch.cat([truth, classes], 1)[train], config.frac, generator)]
+    settings = {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["named"]}
+    folder = run_folder(config, settings, data.origin)
     settings = json.dumps(settings | data.origin | {"train_rows": rows.tolist()}, indent=1)
-    folder = run_folder(config, data.origin)
-    stored = folder / "config.json"
-    if not (stored.is_file() and stored.read_text() == settings):
-        if not (shown := at_level(truth[rows], samples.taxonomy.klass).any(0)).all():
-            missing = samples.taxonomy.klass.names[shown.int().argmin()]
+    if not ((stored := folder / "config.json").is_file() and stored.read_text() == settings):
+        for missing in itertools.compress(samples.taxonomy.klass.names, ~classes[rows].any(0)):
             raise InputError(f"class {missing!r} has none of the {len(rows)} training images of "
                              f"seed {config.seed}: raise --frac.")
         if config.shuffle_labels:
-            shuffled = data.sentence.clone()
-            shuffled[rows] = data.sentence[rows[torch.randperm(len(rows), generator=generator)]]
-            data = replace(data, sentence=shuffled)
+            sentence, order = data.sentence.clone(), torch.randperm(len(rows), generator=generator)
+            mixed = rows[order[:round(config.shuffle_labels * len(rows))]]
+            sentence[mixed] = sentence[np.roll(mixed, 1)]
+            data = replace(data, sentence=sentence)
         margins_of, state = METHODS[config.method](data, rows, config, generator, log := [])
         with torch.no_grad():
             margins = margins_of(test).float().cpu()
         if not margins.isfinite().all():
             raise InputError(f"{folder.name}: training diverged; lower --lr.")
         metrics = evaluate(margins, truth[test], truth[rows], samples.taxonomy)
-        write_run(folder, settings, log, state, metrics, samples, test, margins)
+        replace_file(folder, functools.partial(
+            write_run, samples, test, margins, settings, log, state, metrics))
     return json.loads((folder / "metrics.json").read_text())
 
-def write_run(folder, settings, log, state, metrics, samples, test, margins):
-    """Write a run to a temporary folder, then rename: a folder that exists is complete."""
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    (unfinished / "config.json").write_text(settings)
-    (unfinished / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+def write_run(samples, test, margins, settings, log, state, metrics, folder):
+    """Write the five files of a run; margins (n, H) are those of the test images."""
     names = np.array(samples.taxonomy.combination.names)
-    with open(unfinished / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "labels", *names])
-        for n, values in zip(test, margins.tolist(), strict=True):
-            shown = ";".join(names[samples.sentence[n].numpy() >= 0])
-            writer.writerow(["/".join(samples.images[n].parts[-2:]), shown,
-                             *(f"{value:.6g}" for value in values)])
-    save_file({name: tensor.detach().cpu() for name, tensor in state.items()},
-              unfinished / "adapter.safetensors", {"config": settings})
-    text = json.dumps(metrics, indent=1).replace("NaN", "null")
-    (unfinished / "metrics.json").write_text(text + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    rows = [["image", "labels", *names]]
+    for n, values in zip(test, margins.tolist(), strict=True):
+        shown = ";".join(names[samples.sentence[n].numpy() >= 0])
+        rows.append(["/".join(samples.images[n].parts[-2:]), shown, *map("{:.6g}".format, values)])
+    write_files(folder, {
+        "config.json": settings, "scores.csv": rows,
+        "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
+        "metrics.json": json.dumps(metrics, indent=1).replace("NaN", "null") + "\n"})
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
+              folder / "adapter.safetensors", {"config": settings})
+
+def write_files(folder, files):
+    """Write {name: text, or the rows of a CSV file} to a folder; None is an empty cell."""
+    for name, text in files.items():
+        if not isinstance(text, str):
+            csv.writer(table := io.StringIO(), lineterminator="\n").writerows(text)
+            text = table.getvalue()
+        replace_file(folder / name, functools.partial(Path.write_bytes, data=text.encode()))
 
 
 # ---- 10. Tables and figure (Table 1, Fig. 2 and 3), as plain SVG ---------------------------------
 OKABE_ITO = "#0072b2 #d55e00 #000 #56b4e9 #009e73 #e69f00 #777 #b8a400 #cc79a7".split()
-SHAPES = "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "M-4-4H4V4H-4z", "M0-5 5 0 0 5-5 0z", "M0-5 5 4H-5z"
-SVG = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" font-size="15" fill="#222" '
-       'font-family="sans-serif"><path fill="#fff" d="M0 0H1500V1500H0z"/>\n{}\n</svg>')
+SHAPES = "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "m-4-4h8v8h-8z", "m0-5 5 5-5 5-5-5z", "m0-5 5 9h-10z"
+SVG = ('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1350 800" font-size="15" fill="#222" '
+       'font-family="sans-serif"><path fill="#fff" d="M0 0H1350V800H0z"/>\n{}\n</svg>\n')
 TEXT = '<text x="{:.1f}" y="{:.1f}">{}</text>'
 
 def spread(results, frac, method, level, score):
-    """{run in words: value} of the splits that define a score, mean and standard deviation."""
-    runs = {f"seed {c.seed}, {m['n_train']} + {m['n_test']} images: "
-            f"{ {s: v for s, v in m[level].items() if s.startswith(score)} }": m[level][score]
-            for c, m in results if (c.frac, c.method) == (frac, method)}
-    values = [value for value in runs.values() if value is not None] or [math.nan]
-    return runs, np.mean(values), np.std(values, ddof=1) if values[1:] else 0.0
+    """Mean and standard deviation over the splits that define a score."""
+    values = [m[level][score] for c, m in results if (c.frac, c.method) == (frac, method)
+              and m[level][score] is not None] or [math.nan]
+    return np.mean(values), np.std(values, ddof=1) if values[1:] else 0.0
 
 def format_table(results, frac):
     """Mean ±sd over splits in Markdown, a line per level and method; then which method leads."""
-    methods = dict.fromkeys(c.method for c, _ in results if c.frac == frac)
+    methods = dict.fromkeys(c.method for c, _ in results)
     row = "| {:13} | {:15} |" + " {:10} |" * len(SCORES)
     lines = [row.format(f"at {frac * 100:g}%", "method", *SCORES), "|---|---|" + "--:|" * 5]
     for level, method in itertools.product(LEVELS, methods):
-        cells = (spread(results, frac, method, level, score)[1:] for score in SCORES)
+        cells = (spread(results, frac, method, level, score) for score in SCORES)
         lines.append(row.format(level, method, *("{:.2f} ±{:.2f}".format(*c) for c in cells)))
-    best = max(methods, key=lambda m: spread(results, frac, m, "class_concept", "f1")[1])
+    best = max(methods, key=lambda m: spread(results, frac, m, "class_concept", "f1")[0])
     lines.append(f"\nAt {frac * 100:g}% of the training images {best} leads in class-concept F1.")
     return "\n".join(lines).replace(" ±0.00", "      ").replace("nan ", "-   ")
 
-def write_report(folder, results, note=""):
+def write_report(folder, results, note, tables):
     """results.csv (a line a run), report.md and figures/scores.svg of [(config, metrics)]."""
     name, columns = Path(results[0][0].dataset).name, list(itertools.product(LEVELS, SCORES))
     rows = [["method", "frac", "seed", "n_train", "n_test", *map("_".join, columns)]]
     rows += [[c.method, c.frac, c.seed, m["n_train"], m["n_test"], *(m[a][b] for a, b in columns)]
              for c, m in results]
-    words = [f"# Results on {name}", note, "![mean ±sd over splits](figures/scores.svg)"]
-    words += [format_table(results, frac) for frac in sorted({c.frac for c, _ in results})]
+    words = [f"# Results on {name}", note, "![mean ±sd over splits](figures/scores.svg)", *tables]
     ours = [m["per_task"].get("pigmentation") for c, m in results if c.method == "zeroshot"]
     if name == "derm7p" and any(ours):
         ours = " / ".join(f"{ours[0][level]['accuracy']:.2f}" for level in LEVELS)
         words.append(f"Table 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}.")
-    table = "\n".join(",".join("" if v is None else str(v) for v in row) for row in rows)
-    for file, text in (("results.csv", table), ("report.md", "\n\n".join(words)),
-                       ("figures/scores.svg", draw_scores(results))):
-        replace_file(folder / file, lambda path, text=text: path.write_text(text + "\n", "utf-8"))
+    write_files(folder, {"results.csv": rows, "report.md": "\n\n".join(words) + "\n",
+                         "figures/scores.svg": draw_scores(results)})
 
-def draw_mark(x, y, i, title, words="", bar=0):
-    """Marker of series i, words on its right, an error bar of 2 * bar; title shows on hover."""
-    colour = OKABE_ITO[i % 9]
-    return (f'<path transform="translate({x:.1f} {y:.1f})" stroke="{colour}" stroke-width="1.5" '
-            f'fill="{(colour, "#fff")[i // 4 % 2]}" d="M0 {-bar:.1f}V{bar:.1f}{SHAPES[i % 4]}">'
-            f'<title>{escape(title)}</title></path>{TEXT.format(x + 9, y + 5, escape(words))}')
+def draw_series(i, points, title):
+    """Series i: a line through points (x, y, error), their marks; title shows on hover."""
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
+    marks = "".join(f"M{x:.1f} {y - error:.1f}v{2 * error:.1f}m0 {-error:.1f}{SHAPES[i % 4]}"
+                    for x, y, error in points)
+    return (f'<g stroke="{OKABE_ITO[i % 9]}" fill="{(OKABE_ITO[i % 9], "#fff")[i // 4 % 2]}">'
+            f'<polyline fill="none" points="{line}"/><path stroke-width="1.5" d="{marks}"/>'
+            f'<title>{title}</title></g>')
 
 def draw_scores(results):
-    """SVG like Fig. 2 and 3: mean ±sd by fraction; a marker's title holds its runs' numbers."""
+    """SVG like Fig. 2 and 3: mean ±sd by fraction; a line's title holds its runs' numbers."""
     methods = dict.fromkeys(c.method for c, _ in results)
     fractions = sorted({c.frac for c, _ in results})
-    parts = [draw_mark(60 + i % 5 * 250, 24 + i // 5 * 22, i, m, m) for i, m in enumerate(methods)]
+    parts, wide = [], 290 / len(fractions)
+    for i, method in enumerate(methods):
+        x, y = 60 + i % 5 * 250, 24 + i // 5 * 22
+        parts += [draw_series(i, [(x, y, 0)], method), TEXT.format(x + 9, y + 5, method)]
+    axes = [TEXT.format(wide * (j + .5) - 14, 20, f"{x * 100:g}%") for j, x in enumerate(fractions)]
+    for k in range(6):
+        axes += [f'<path stroke="#ddd" d="M0 {-60 * k}h290"/>', TEXT.format(-30, 5 - 60 * k, k / 5)]
     for n, (level, score) in enumerate(itertools.product(LEVELS, SCORES[:4])):
-        left, low, wide = 45 + n % 4 * 330, 400 + n // 4 * 360, 290 / len(fractions)
-        parts.append(TEXT.format(left, low - 312, f"{level} {score}"))
-        parts += [f'<path stroke="#ddd" d="M{left} {low - 60 * k}h290"/>'
-                  + TEXT.format(left - 30, low + 5 - 60 * k, k / 5) for k in range(6)]
-        parts += [TEXT.format(left + wide * (j + 0.5) - 14, low + 20, f"{f * 100:g}%")
-                  for j, f in enumerate(fractions)]
+        parts += [f'<g transform="translate({45 + n % 4 * 330} {400 + n // 4 * 360})">', *axes,
+                  TEXT.format(0, -312, f"{level} {score}")]
         for i, method in enumerate(methods):
-            path, marks = "", []
-            for j, frac in enumerate(fractions):
-                runs, mean, sd = spread(results, frac, method, level, score)
-                x, y = left + wide * (j + 0.1 + 0.8 * (i + 0.5) / len(methods)), low - 300 * mean
-                if mean == mean:
-                    path += f"{'L' if path else 'M'}{x:.1f} {y:.1f}"
-                    told = "\n".join([f"{method} at {frac}: mean {mean}", *runs])
-                    marks.append(draw_mark(x, y, i, told, bar=300 * sd))
-            parts += [f'<path fill="none" stroke="{OKABE_ITO[i % 9]}" d="{path}"/>', *marks]
-    return SVG.format(1350, 800, "\n".join(parts))
+            spreads = (spread(results, frac, method, level, score) for frac in fractions)
+            points = [(wide * (j + 0.1 + 0.8 * (i + 0.5) / len(methods)), -300 * mean, 300 * sd)
+                      for j, (mean, sd) in enumerate(spreads) if mean == mean]
+            told = [f"{c.frac}, seed {c.seed}, {m['n_train']} + {m['n_test']} images: "
+                    f"{[v for key, v in m[level].items() if key.startswith(score)]}"
+                    for c, m in results if c.method == method]
+            parts.append(draw_series(i, points, "\n".join([method, *told])))
+        parts.append("</g>")
+    return SVG.format("\n".join(parts))
 
 
-# ---- 11. Command line ----------------------------------------------------------------------------
-def find_folder(config):
-    """The prepared folder of a data set; `demo` is drawn when it is missing."""
-    for folder in (Path(config.data) / config.dataset, Path(config.dataset)):
-        if (folder / "samples.csv").is_file():
-            return folder
-    if config.dataset == "demo":
-        from data_prep import prepare_demo
-        return prepare_demo(Path(config.data))
-    raise InputError(f"{Path(config.data) / config.dataset} is no prepared folder: write it as the "
-                     "README says, or run python data_prep.py derm7p|padchest-gr path/to/release.")
+# ---- 11. Commands: predictions with reasons, by a finished run; comparisons, by all methods ------
+def explain(cosines, taxonomy, logit_scale):
+    """Yield (task, its class probabilities, two deciding combinations) of cosines (H + 1,)."""
+    z, margins = cosines[:-1], logit_scale * (cosines[:-1] - cosines[-1])
+    combinations, classes = taxonomy.combination, taxonomy.klass
+    for task, own, klass in zip(taxonomy.tasks, combinations.own, classes.own, strict=True):
+        shares = at_level(margins[None], classes)[0, klass]
+        shares = shares.softmax(0) if task["exclusive"] else shares.sigmoid()
+        names = itertools.compress(classes.names, klass)
+        yield task["name"], {
+            "classes": {name: round(p.item(), 4) for name, p in zip(names, shares, strict=True)},
+            "decided_by": {combinations.names[h]: {
+                "similarity": round(z[h].item(), 4),
+                "two_prompt_probability": round(margins[h].sigmoid().item(), 4)}
+                for h in z.where(own, -math.inf).topk(min(2, own.sum())).indices}}
+
+def predict(config):
+    """Print, and write to <out>/predictions.json, the classes of images and what decided them."""
+    folder = Path(config.run)
+    with reading(folder, "name the folder of a finished run of --method scale in --run"):
+        stored = json.loads((folder / "config.json").read_text())
+        taxonomy = make_taxonomy(stored["taxonomy"])
+        state = load_file(folder / "adapter.safetensors")
+        adapters = nn.ModuleDict({branch: Adapter(*state[f"{branch}.up.weight"].shape, 0.5)
+                                  for branch in ("image", "text")})
+        adapters.requires_grad_(False).load_state_dict(state)
+        images, texts, backbone, checkpoint = embed_both(
+            [(path, 0) for path in config.predict], stored["prompts"], stored["backbone"], config)
+        if checkpoint != stored["checkpoint_sha256"]:
+            raise InputError(f"{backbone.path} is not what {folder} was trained on: train again.")
+    cosines = adapters["image"](images) @ adapters["text"](texts).T  # (N, H + 1)
+    results = {path: dict(explain(z, taxonomy, backbone.logit_scale))
+               for path, z in zip(config.predict, cosines, strict=True)}
+    for path, reasons in results.items():
+        print(path, *(f"{task}: {json.dumps(x)}" for task, x in reasons.items()), sep="\n  ")
+    write_files(Path(config.out), {"predictions.json": json.dumps(results, indent=1) + "\n"})
 
 def embed_dataset(config):
     """Everything that all runs share: Embedded, on the device."""
     samples = read_samples(find_folder(config), config.criterion)
-    spec, device = samples.taxonomy.spec, config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {device} is not to be had: try --device cpu.") from None
+    spec = samples.taxonomy.spec
     name = config.backbone or spec.get("backbone") or "monet"
-    backbone = load_backbone(name, device)
-    checkpoint = digest_file(backbone.path)
-    key = hashlib.sha256((checkpoint + json.dumps(backbone.describe())).encode()).hexdigest()
     prompts = [c["prompt"] for task in spec["tasks"] for c in task["combinations"]]
     prompts.append(config.negative_prompt or spec.get("negative_prompt", "No finding."))
-    images, texts = embed(backbone, samples.images, [*prompts, *samples.texts],
-                          Path(config.out) / "cache" / f"{key[:16]}.safetensors")
-    content = b"".join(t.numpy().tobytes() for t in (images, texts, samples.sentence))
-    code = b"".join((HERE / file).read_bytes() for file in ("scale.py", "kernels/supcon.py"))
-    origin = {"backbone": name, "checkpoint_sha256": checkpoint, "device": str(device),
-              "data_sha256": hashlib.sha256(content).hexdigest(), "torch": torch.__version__,
-              "code_sha256": hashlib.sha256(code).hexdigest(), "prompts": prompts}
-    with torch.device(device):
+    count = config.views or (8 if samples.texts else 1)
+    views = [(path, view if part == "train" else 0) for path, part in
+             zip(samples.images, samples.split, strict=True) for view in range(count)]
+    images, texts, backbone, checkpoint = embed_both(views, prompts + samples.texts, name, config)
+    content = [np.asarray(x) for x in (images, texts, samples.sentence, samples.split)]
+    content += [(HERE / file).read_bytes() for file in ("scale.py", "kernels/supcon.py")]
+    with backbone.word_table.device as device:
         taxonomy = make_taxonomy(spec)
-    tensors = images, texts[:len(prompts)], texts[len(prompts):]
+    origin = {"backbone": name, "checkpoint_sha256": checkpoint, "prompts": prompts,
+              "data_and_code_sha256": hashlib.sha256(b"".join(content)).hexdigest(),
+              "taxonomy": spec, "device": str(device), "torch": torch.__version__}
+    tensors = images.unflatten(0, (-1, count)), texts[:len(prompts)], texts[len(prompts):]
     return Embedded(samples, taxonomy, *(x.to(device) for x in (*tensors, samples.sentence)),
                     backbone.logit_scale, origin, functools.partial(load_backbone, name, device))
 
-def run(config):
+def compare(config):
     """All methods on all splits of one fraction, or of all; prints the tables."""
     clip, found = "clip-zeroshot", any((HERE / "weights" / "clip").glob("*.safetensors"))
-    names = config.method.split(",") if config.method != "all" else [
+    names = [*dict.fromkeys(config.method.split(","))] if config.method != "all" else [
         name for name in METHODS if found or name != clip]  # it needs another checkpoint
     for name in set(names) - METHODS.keys():
         raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
     data = embed_dataset(config)
     other = embed_dataset(replace(config, backbone="clip")) if clip in names else data
-    jobs = [replace(config, method=name, frac=frac, seed=config.seed + split)
-            for frac in ((.05, .1, .25, .5, 1.) if config.sweep else (config.frac,))
+    fractions = (.05, .1, .25, .5, 1.) if config.sweep else (config.frac,)
+    jobs = [replace(config, method=name, frac=frac, seed=config.seed + split) for frac in fractions
             for name in names for split in range(config.splits or (1 if frac == 1 else 5))]
     given = [other if job.method == clip else data for job in jobs]
     with ProcessPoolExecutor(min(32, os.cpu_count()), None, torch.set_num_threads, (1,)) as pool:
@@ -799,11 +900,10 @@ def run(config):
         results = (pool.map if data.images.is_cpu else map)(run_once, jobs, given)
         runs = list(zip(jobs, progress(results, len(jobs), "run"), strict=True))
     note = data.taxonomy.spec.get("note", "")
-    print(f"\n{config.dataset}: {note}")
-    for frac in dict.fromkeys(job.frac for job in jobs):
-        print("\n" + format_table(runs, frac))
+    tables = [format_table(runs, frac) for frac in fractions]
+    print(f"\n{config.dataset}: {note}", *tables, sep="\n\n")
     if config.sweep:
-        write_report(Path(config.out) / f"report-{Path(config.dataset).name}", runs, note)
+        write_report(Path(config.out) / f"report-{Path(config.dataset).name}", runs, note, tables)
 
 def guarded(script, action):
     """Exit code of action(): 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""
@@ -818,7 +918,10 @@ def guarded(script, action):
 
 def main(argv=None):
     """Run the command line; return its exit code."""
-    return guarded("scale.py", lambda: run(parse(argv)))
+    def action():
+        config = parse(argv)
+        (predict if config.predict else compare)(config)
+    return guarded("scale.py", action)
 
 if __name__ == "__main__":
     sys.exit(main())
