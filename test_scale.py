@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +17,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from sklearn import metrics as sk
+from safetensors.torch import load_file, save, save_file
+from sklearn import linear_model, metrics
 
 import data_prep
 import scale
-from data_prep import DERM7P, combination_name
 from kernels import supcon
 from kernels.supcon import product_supcon_loss, supcon_loss, supcon_reference
 from weights import InputError
 from weights.clip import CLIP
-from weights.medclip import MedCLIP, is_medclip
+from weights.medclip import MedCLIP
 
 HERE = Path(__file__).resolve().parent
 COMMAND = HERE / "scale.py", "--dataset", "demo"
@@ -54,94 +52,115 @@ def assert_same(got, expected, inputs, atol=1e-9, rtol=1e-9):
     for a, b in zip(*(torch.autograd.grad(x, inputs) for x in (got, expected)), strict=True):
         torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
 
-def tiny_problem(n):
-    """Taxonomy, cosines z (n, 5), truth (n, 5); the concept "local" belongs to both classes."""
-    tasks, g = [], torch.Generator().manual_seed(0)
-    for pairs in (("nevus local", "nevus none", "melanoma local"),
-                  ("nevus absent", "melanoma present")):
-        parts = [dict(zip(("class", "concept"), pair.split(), strict=True), name=pair, prompt=pair)
-                 for pair in pairs]
-        concepts = [*dict.fromkeys(part["concept"] for part in parts)]
-        tasks.append({"name": pairs[0], "exclusive": True, "classes": ["nevus", "melanoma"],
-                      "concepts": concepts, "combinations": parts})
-    truth = torch.cat([F.one_hot(torch.randint(k, (n,), generator=g), k) for k in (3, 2)], 1)
-    z = torch.randn(n, 5, generator=g, dtype=torch.float64) * 0.2
-    return scale.make_taxonomy({"tasks": tasks}), z.requires_grad_(), truth.bool()
+def tiny_data(n, exclusive=True):
+    """Two tasks, concept "a" in both classes; or one, of several labels and texts of its own."""
+    tasks, truth, g = [], [], torch.Generator().manual_seed(0)
+    for own in ("Na Nb Ma".split(), "Nc Md".split())[:1 + exclusive]:  # their class and concept
+        parts = [{"name": c, "class": c[0], "concept": c[1], "prompt": c} for c in own]
+        tasks.append({"name": own[0], "exclusive": exclusive, "classes": [*"NM"],
+                      "concepts": [*"abcd"], "combinations": parts})
+        truth.append(torch.eye(len(own))[torch.randint(len(own), (n,), generator=g)] == exclusive)
+    truth, numbers = torch.cat(truth, 1), 0 if exclusive else torch.arange(3 * n).view(n, 3)
+    texts = unit_rows(truth.shape[1] + 1, 16, 1, torch.float32).detach()
+    images = truth.float() @ texts[:-1] + unit_rows(n, 16, 2, torch.float32).detach() / 3
+    return scale.Embedded(
+        None, scale.make_taxonomy({"tasks": tasks}), F.normalize(images)[:, None], texts,
+        texts[:-1].repeat(0 if exclusive else n, 1), torch.where(truth, numbers, -1), 30.0, {})
 
 def test_adapter_is_equation_1():
     """A wrong blend, an outer ReLU, a bias or a missing norm would show."""
     adapter = scale.Adapter(12, 3, 0.2, torch.Generator().manual_seed(0)).double()
     f, w1, w2 = unit_rows(4, 12), adapter.down.weight, adapter.up.weight
-    mixed = 0.2 * (f @ w1.T).clamp(min=0) @ w2.T + 0.8 * f
-    expected = mixed / mixed.square().sum(1, keepdim=True).sqrt()
+    expected = F.normalize(0.2 * (f @ w1.T).clamp(min=0) @ w2.T + 0.8 * f)
     torch.testing.assert_close(adapter(17 * f), expected, atol=1e-7, rtol=0)  # of any length
 
-def objective_loop(z, truth, taxonomy, logit_scale, tau, unit, pairs):
-    """The five terms of Eq. 3 written from the formulas, Q as an N x N matrix."""
-    terms = dict.fromkeys(("combination", "concept", "class", "rows", "columns"), 0)
-    contrast = supcon_loop if len(z) < 99 else supcon_reference
-    for task, part in zip(taxonomy.tasks, (slice(0, 3), slice(3, 5)), strict=True):
-        combinations, labels = task["combinations"], truth[:, part].int().argmax(1)
-        for own, label in zip(z[:, part], labels, strict=True):
-            for term, key in (("combination", "name"), ("concept", "concept"), ("class", "class")):
-                best = {}
-                for c, value in zip(combinations, own, strict=True):  # max over the taxonomy
-                    best[c[key]] = max(best.get(c[key], -math.inf), logit_scale * value)
-                loss = torch.stack([*best.values()]).logsumexp(0) - best[combinations[label][key]]
-                terms[term] = terms[term] + loss / len(z) / 2
-        q = pairs[0] @ pairs[1].T if pairs else z[:, part][:, labels]  # column j: text of image j
+@pytest.mark.parametrize("n, rows", [(1, ...), (9, ...), (520, ...), (9, [0, 0, 1]), (9, [0, 1])])
+@pytest.mark.parametrize("unit, free, bce", [(1, 0, 0), (0, 0, 1), (1, 1, 0)])
+def test_objective_is_equation_3(n, rows, unit, free, bce):
+    """A wrong closed form, max, weight or gradient, NaN without positives or negatives shows."""
+    data, weights, oracle = tiny_data(n), (0.7, 1.3, 0.4, 0.6), {}
+    z = (data.images @ data.texts[:-1].T).double()[rows].requires_grad_()
+    truth = (data.sentence >= 0)[rows]
+    pairs = [unit_rows(len(z), 4, seed) for seed in (5, 6)] if free else None  # free texts
+    binary = (z.detach()[:, :1] / 2, truth | truth.roll(1, 0)) if bce else None  # several labels
+    for task, part in zip(data.taxonomy.tasks, (slice(0, 3), slice(3, 5)), strict=True):
+        labels = truth[:, part].int().argmax(1)
+        for term, key in ("combination", "name"), ("concept", "concept"), ("class", "class"):
+            names = [c[key] for c in task["combinations"]]
+            of = torch.tensor([[h == name for h in names] for name in dict.fromkeys(names)])
+            best = 20 * z[:, None, part].masked_fill(~of, -math.inf).amax(-1)  # (n, K)
+            losses = [F.cross_entropy(best, of.int().argmax(0)[labels])]
+            if bce:
+                y, m = (binary[1][:, None, part] & of).any(-1), best - 20 * binary[0]
+                weight = torch.where(y.any(0) > y.all(0), (~y).sum(0) / y.sum(0), 1)
+                losses = torch.where(y, weight * F.softplus(-m), F.softplus(m)).mean(0)
+            oracle.setdefault(term, []).extend(losses)
+        q = pairs[0] @ pairs[1].T if free else z[:, part][:, labels]  # column j: text of image j
         for term, rows in (("rows", q), ("columns", q.T)):
             rows = F.normalize(rows, dim=1) if unit else rows
-            terms[term] = terms[term] + contrast(rows, labels, tau) / 2
-    return terms
-
-@pytest.mark.parametrize("n, rows", [(1, ...), (12, ...), (520, ...), (12, [0, 0]), (12, [0, 1])])
-@pytest.mark.parametrize("unit, free", [(True, False), (False, False), (True, True)])
-def test_objective_is_equation_3(n, rows, unit, free):
-    """A wrong closed form, max, weight or gradient, NaN without positives or negatives shows."""
-    taxonomy, z, truth = tiny_problem(n)
-    z, truth = z.detach()[rows].requires_grad_(), truth[rows]  # [0, 0]: labels equal
-    pairs = [unit_rows(len(z), 4, seed) for seed in (5, 6)] if free else []  # free texts
-    given, weights = (z, truth, taxonomy, 20.0, 0.1), (0.7, 1.3, 0.4, 0.6)
-    (loss, terms), oracle = (scale.scale_loss(*given, weights, unit, pairs or None),
-                             objective_loop(*given, unit, pairs))
+            oracle.setdefault(term, []).append(supcon_reference(rows, labels, 0.1))
+    oracle = {term: sum(losses) / len(losses) for term, losses in oracle.items()}
+    loss, terms = scale.scale_loss(z, truth, data.taxonomy, 20, 0.1, weights, unit, pairs, binary)
     torch.testing.assert_close(terms, oracle)
     expected = torch.stack([*oracle.values()]) @ torch.tensor([1, *weights]).double()
-    assert_same(loss, expected, [z, *pairs], 1e-5, 1e-5)
-
-def tiny_data(exclusive, n=24):
-    taxonomy, _, truth = tiny_problem(n)
-    if not exclusive:
-        taxonomy = scale.make_taxonomy({"tasks": [taxonomy.tasks[0] | {"exclusive": False}]})
-        truth = ~truth[:, :3]
-    texts = unit_rows(truth.shape[1] + 1, 16, 1, torch.float32).detach()
-    images = F.normalize(truth.float() @ texts[:-1] + .3 * unit_rows(n, 16, 2).detach().float())
-    numbers = (torch.arange(truth.numel()).view(truth.shape) * (not exclusive)).where(truth, -1)
-    said = texts[:-1].repeat(n * (not exclusive), 1)
-    return scale.Embedded(None, taxonomy, images, texts, said, numbers, 30.0, {})
+    assert_same(loss, expected, [z, *(pairs or ())], 1e-5, 1e-5)
 
 @pytest.mark.parametrize("exclusive", [True, False])
 def test_only_the_adapters_train(exclusive):
     """A frozen feature that moved, an adapter that did not, wrong pairs or mixing, would show."""
-    data, log = tiny_data(exclusive), []
-    frozen = data.images.clone(), data.texts.clone()
-    before, after = (scale.fit_scale(data, range(24), scale.Config(epochs=n), torch.Generator(),
-                                     log)[1] for n in (1, 40))
-    assert torch.equal(data.images, frozen[0]) and torch.equal(data.texts, frozen[1])
-    assert len(after) == 6 and all(not torch.equal(before[k], after[k]) for k in after)
-    assert log[-2]["loss"] < log[2]["loss"] and {"rows", "columns", "class"} < set(log[2])
+    data, frozen, log = tiny_data(24, exclusive), tiny_data(24, exclusive), []
+    turned = torch.cat([data.views, data.views.roll(1, 0)], 1)  # views are drawn from
+    before, drawn, after = (
+        scale.fit_scale(scale.replace(data, views=views), range(24), scale.Config(epochs=epochs),
+                        torch.Generator(), log)[1]
+        for views, epochs in ((data.views, 1), (turned, 1), (data.views, 40)))
+    assert data.views.equal(frozen.views) and data.texts.equal(frozen.texts) and len(after) == 6
+    assert not any(before[name].equal(after[name]) for name in after)
+    assert not before["image.up.weight"].equal(drawn["image.up.weight"])
+    assert log[-2]["loss"] < log[4]["loss"] and {"rows", "columns", "class"} < set(log[4])
     if not exclusive:  # pairs by hand; mixing exchanges sentences of one combination
-        rows, truth = data.pairs(range(24))
-        expected = (data.sentence >= 0).nonzero()
-        assert torch.equal(torch.stack([rows, truth.int().argmax(1)], 1), expected)
+        (rows, truth), (image, h) = data.pairs(range(24)), (data.sentence >= 0).nonzero().T
         mixed = scale.mix_pairs(truth, torch.Generator().manual_seed(0))
+        assert rows.equal(image) and truth.equal(F.one_hot(h).bool()) and truth[mixed].equal(truth)
         assert sorted(mixed.tolist()) == list(range(len(rows))) != mixed.tolist()
-        assert torch.equal(truth[mixed], truth) and (truth.sum(1) == 1).all()
+
+def test_probe_reaches_scikit_learns_optimum():
+    """An early stop, another penalty, balance or a penalised intercept would show."""
+    data, probe = tiny_data(24, False), linear_model.LogisticRegression(
+        C=100, class_weight="balanced", tol=1e-9, max_iter=10 ** 4)
+    margins = scale.METHODS["linear-lbfgs"](data, range(24), scale.Config(), None, [])[0](range(24))
+    for truth, margin in zip((data.sentence >= 0).T, margins.T, strict=True):
+        expected = probe.fit(data.images.double(), truth).decision_function(data.images.double())
+        torch.testing.assert_close(margin, torch.tensor(expected), atol=1e-3, rtol=1e-3)
+
+@pytest.mark.parametrize("method", ["lora", "hica", "coop"])
+@pytest.mark.parametrize("family", [CLIP, MedCLIP])
+def test_methods_that_look_into_the_towers(folder, method, family):
+    """A frozen tensor that moved, a tuned one that did not or is not stored, would show."""
+    table, rows, log = folder / "data" / "demo" / "samples.csv", range(8), []
+    table.write_text("".join(open(table).readlines()[:9]))
+    weights = str(HERE / "weights" / "demo" if family is CLIP else written_medclip()[0])
+    data = scale.embed_dataset(scale.Config(str(table.parent), backbone=weights, out=str(folder)))
+    backbone, before = data.backbone(), data.backbone().tensors
+    data = scale.replace(data, backbone=lambda: backbone)
+    still, (margins_of, state) = (
+        scale.METHODS[method](data, rows, scale.Config(epochs=20, lr=lr), torch.Generator(), log)
+        for lr in (0.0, 1e-3))
+    close = functools.partial(torch.testing.assert_close, atol=1e-3, rtol=0)
+    close(backbone.tensors, before, atol=0)
+    assert log[-1]["loss"] < log[-20 if method == "coop" else -2]["loss"]  # its last stage's first
+    if method != "coop":  # it starts at zero-shot; what it stores is all that it tuned
+        close(still[0](rows), data.margins(data.images, data.texts))
+        tuned = state if method == "hica" else {
+            n[:-2]: before[n[:-2]] + state[n] @ state[n[:-1] + "1"] for n in state if n[-1] == "0"}
+        assert len(tuned) == {"lora": (48, 12), "hica": (18, 17)}[method][family is CLIP]
+        assert not any(tensor.equal(before[name]) for name, tensor in tuned.items())
+        look, read = scale.towers(data, backbone, lambda: tuned)
+        close(margins_of(rows), data.margins(look(rows), read()))
 
 def test_subsets_are_stratified():
     """Size to the image, every label within one of its share, seeds differ, a seed repeats."""
-    rng = np.random.default_rng(0)
-    truth = torch.tensor(np.eye(6, dtype=bool)[rng.choice(6, 413, p=[.5, .3, .1, .07, .025, .005])])
+    truth = torch.eye(6).bool().repeat_interleave(torch.tensor([206, 124, 41, 29, 10, 3]), 0)
     first, again, other = (scale.stratified_subset(truth, 0.1, torch.Generator().manual_seed(seed))
                            for seed in (0, 0, 1))
     assert len(first) == 41 and np.array_equal(first, again) and not np.array_equal(first, other)
@@ -154,15 +173,14 @@ def test_metrics_equal_scikit_learn(exclusive):
     margins, y = rng.integers(-4, 5, (60, 5)) / 2 + rng.random(5) / 9, rng.choice(shown, 60)
     truth = np.eye(5, dtype=bool)[y] if exclusive else rng.random((60, 5)) < [.3, .2, .5, 0, .1]
     target, decided = (y, margins.argmax(1)) if exclusive else (truth, margins > 0)
+    lead = margins - np.stack([np.delete(margins, k, 1).max(1) for k in range(5)], 1)
+    expected = [(target == decided).mean(),
+                metrics.recall_score(target, decided, labels=shown, average="macro"),
+                metrics.f1_score(target, decided, labels=shown, average="macro"),
+                metrics.roc_auc_score(truth[:, shown], margins[:, shown]),
+                metrics.roc_auc_score(truth[:, shown], lead[:, shown])][:4 + exclusive]
     got = scale.score_task(torch.tensor(margins), torch.tensor(truth), exclusive)
-    options = {"labels": shown, "average": "macro", "zero_division": 0}
-    assert got["recall"] == pytest.approx(sk.recall_score(target, decided, **options))
-    assert got["f1"] == pytest.approx(sk.f1_score(target, decided, **options))
-    assert got["accuracy"] == pytest.approx((target == decided).mean())
-    best = np.stack([np.delete(margins, k, 1).max(1) for k in range(5)], 1)
-    for name, score in [("auc", margins), ("auc_pair", margins - best)][:1 + exclusive]:
-        areas = [sk.roc_auc_score(truth[:, k], score[:, k]) for k in shown]
-        assert got[name] == pytest.approx(np.mean(areas))
+    assert got == pytest.approx(dict(zip(scale.SCORES, expected, strict=False)))
 
 def python(folder, *arguments, **environment):
     done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True,
@@ -177,99 +195,74 @@ def demo(tmp_path_factory):
 
 @pytest.fixture
 def folder(demo, tmp_path):
-    return shutil.copytree(demo[0], tmp_path, False, shutil.ignore_patterns("demo-*"),
-                           dirs_exist_ok=True)
+    return shutil.copytree(demo[0], tmp_path / "copy", ignore=shutil.ignore_patterns("demo-*"))
 
 def edit(path, old, new):
     assert old in (text := path.read_text())
     path.write_text(text.replace(old, new, 1))
 
 def prepare(name, raw, *flags):
-    code = data_prep.main([name, str(raw), "--data", str(raw / "data"), *flags])
-    table = raw / "data" / name / "samples.csv"
-    return code, list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
+    assert data_prep.main([name, str(raw), "--data", str(raw), *flags]) == 0
+    return [*csv.DictReader(open(raw / name / "samples.csv"))], scale.read_samples(raw / name)
 
 def test_derm7p_release(folder):
     """Paths in the wrong case, 1-based indices, counts unlike Derm7p's, a wrong class show."""
-    release = folder / "data/demo/release_v0"
+    release, known = folder / "data/demo/release_v0", data_prep.DERM7P
     (release / "images" / "P03").rename(release / "images" / "p03")
-    (code, rows), parts = prepare("derm7p", release), ("train", "valid", "test")
-    samples = scale.read_samples(release / "data" / "derm7p")
-    assert code == 0 and all(path.is_file() for path in samples.images)
-    for part in parts:
-        lines = (release / "meta" / f"{part}_indexes.csv").read_text().split()[1:]
-        assert {n for n, r in enumerate(rows) if r["split"] == part} == {*map(int, lines)}
-    melanoma = scale.at_level(samples.sentence >= 0, samples.taxonomy.klass)[:, 1::2].tolist()
-    metas = [meta for _, meta in data_prep.read_table(release / "meta" / "meta.csv")]
-    for meta, row, positive in zip(metas, rows, melanoma, strict=True):
-        assert row["labels"].split(";") == [combination_name(c, meta[c]) for c in DERM7P]
-        assert positive == [DERM7P[c][meta[c]][0] > 0 for c in DERM7P]
-    for criterion, known in DERM7P.items():
-        got = Counter((meta[criterion], samples.split[n]) for n, meta in enumerate(metas))
-        assert known == {e: [known[e][0], *(got[e, part] for part in parts)] for e in known}
+    rows, samples = prepare("derm7p", release)
+    assert all(path.is_file() for path in samples.images)
+    for meta, row in zip(csv.DictReader(open(release / "meta/meta.csv")), rows, strict=True):
+        assert row["labels"].split(";") == [known[c][meta[c]][-1] for c in known]
+    scores, *counts, _ = zip(*(e for task in known.values() for e in task.values()), strict=True)
+    truth, splits = samples.sentence >= 0, ("train", "valid", "test")
+    assert [tuple(truth[samples.split == part].sum(0).tolist()) for part in splits] == counts
+    melanoma = scale.at_level(truth, samples.taxonomy.klass)[:, 1::2]
+    assert melanoma.sum(1).equal(truth[:, torch.tensor(scores) > 0].sum(1))
+
+CASES = [  # image (and patient), label, locations, numbers of the combinations in releases.json
+    ("a", "atelectasis basal", ["left", "basal"], [0]),
+    ("a", "laminar atelectasis", ["left lower lobe"], []), ("c", "Normal", [], []),
+    ("b", "lobar atelectasis", ["retrocardiac"], [1]), ("d", "cardiomegaly", [], []),
+    ("e", "costophrenic angle blunting", ["left costophrenic angle", "costophrenic angle"], [6]),
+    ("e", "loculated pleural effusion", ["right", "left", "pleural"], [9, 10]),
+    ("f", "pleural effusion", ["costophrenic angle", "bilateral", "pleural"], [8, 11]),
+    ("h", "consolidation", ["left", "lower lobe"], [4, 5]),  # in one sentence with the next
+    ("h", "consolidation", ["right", "basal"], [])]
+ROWS = [[f"P{i}", f"{i}_2.png", "validation" if i < "e" else "test", label, at, label]
+        for i, label, at, _ in CASES]
 
 def padchest(raw, rows):
     """A small PadChest-GR of rows: patient, image, split, label, locations, sentence_en."""
-    (raw / "images").mkdir(exist_ok=True)
     with open(raw / "master_table.csv", "w", newline="") as file:
         head = "PatientID ImageID split label locations sentence_en sentence_es".split()
         csv.writer(file).writerows([head, *([*row, row[-1] + " (es)"] for row in rows)])
     ramp = np.arange(30, dtype=np.uint16)[None].repeat(600, 0) * 130  # 12 bits in 16
     for row in rows:
-        Image.fromarray(ramp).save(raw / "images" / row[1])
+        Image.fromarray(ramp).save(raw / row[1])
 
-CASES = [  # image (and patient), label, locations, the combinations expected
-    ("a", "atelectasis basal", ["left", "basal"], "atelectasis left lower lobe"),
-    ("a", "laminar atelectasis", ["left lower lobe"], ""), ("c", "Normal", [], ""),
-    ("b", "lobar atelectasis", ["retrocardiac"], "atelectasis retrocardiac"),
-    ("d", "cardiomegaly", ["cardiac"], "cardiomegaly cardiac"),
-    ("e", "costophrenic angle blunting", ["left costophrenic angle", "costophrenic angle"],
-     "pleural effusion left costophrenic angle"), ("d", "cardiomegaly", [], ""),
-    ("e", "loculated pleural effusion", ["right", "left", "pleural"],
-     "pleural effusion left pleural;pleural effusion right pleural"),
-    ("f", "pleural effusion", ["costophrenic angle", "bilateral", "pleural"],
-     "pleural effusion bilateral costophrenic angle;pleural effusion bilateral pleural"),
-    ("h", "consolidation", ["left", "lower lobe"], "consolidation left lower lobe")]
-ROWS = [[f"P{i}", f"{i}_2.png", "validation" if i < "e" else "test", label, at, f"{k} {label}"]
-        for k, (i, label, at, _) in enumerate(CASES)]
-
-def test_padchest_miniature(tmp_path):
-    """A rule of the twelve, 16-bit pixels, a sentence of two labels, Spanish, gone wrong, shows."""
-    padchest(tmp_path, [*ROWS, [*ROWS[-1][:3], "atelectasis", ["left", "basal"], ROWS[-1][-1]]])
+def test_padchest_release(tmp_path):
+    """A rule of twelve, 16 bits, a sentence of two labels, Spanish, a split gone wrong shows."""
+    rules = data_prep.RELEASES["padchest-gr"]
+    more = [[f"P{i % 400}", f"{i}.png", "train", rules[i // 60][1], rules[i // 60][4][-1], "said"]
+            for i in range(720)]
+    padchest(tmp_path, [*ROWS, *more])
     shutil.make_archive(tmp_path / "master_table.csv", "zip", tmp_path, "master_table.csv")
     (tmp_path / "master_table.csv").unlink()
-    code, rows = prepare("padchest-gr", tmp_path, "--language", "es", "--official-split")
-    expected = [(f"images/{i}_2.png", names) for i, _, _, names in CASES if names]
-    expected[-1] = "images/h_2.png", expected[-1][1] + ";atelectasis left lower lobe"
-    assert code == 0 and [(row["image"], row["labels"]) for row in rows] == expected
-    assert {row["split"] + row["text"][-4:] for row in rows} == {"valid(es)", "test(es)"}
-    pixels = np.asarray(Image.open(tmp_path / "data" / "padchest-gr" / rows[0]["image"]))
-    assert pixels.shape == (256, 13) and pixels.dtype == np.uint8
-    assert np.abs(pixels[9] - np.linspace(5, 250, 13)).max() < 9  # neither clipped nor dark
-
-def test_padchest_counts(tmp_path):
-    """738 studies of 728 patients give the real table's counts and a fair split by patient."""
-    rules, rows = {row[0]: row for row in data_prep.RELEASES["padchest-gr"]}, []
-    real = dict(zip(rules, [24, 19, 15, 437, 12, 13, 80, 54, 53, 74, 56, 41], strict=True))
-    left = Counter(real)
-    for i, size in enumerate([4] * 9 + [3] * 6 + [2] * 101 + [1] * 622):  # combinations a study
-        for name, _ in left.most_common(size):
-            at = rules[name][4].split(", ")[-1].split(" + ")
-            rows.append([f"P{i % 728}", f"{i}.png", "train", rules[name][1], at, f"{name} of {i}"])
-            left[name] -= 1
-    padchest(tmp_path, rows)
-    code, rows = prepare("padchest-gr", tmp_path)
-    samples = scale.read_samples(tmp_path / "data" / "padchest-gr")
-    truth = samples.sentence >= 0
-    assert code == 0 and truth.sum(0).tolist() == [*real.values()]
-    by = {part: {r["patient"] for r in rows if r["split"] == part} for part in ("train", "test")}
-    assert len(by["test"]) == 109 and len(by["train"]) == 619 and not by["train"] & by["test"]
-    assert (abs(truth[samples.split == "test"].sum(0) / truth.sum(0) - 0.15) < 0.07).all()
+    rows, _ = prepare("padchest-gr", tmp_path, "--language", "es", "--official-split")
+    assert [(row["image"], row["labels"]) for row in rows[:-720]] == [
+        (f"images/{i}_2.png", ";".join(rules[k][0] for k in h)) for i, *_, h in CASES if h]
+    assert {row["split"] + row["text"][-4:] for row in rows[:-720]} == {"valid(es)", "test(es)"}
+    pixels = np.asarray(Image.open(tmp_path / "padchest-gr" / rows[0]["image"]))
+    assert pixels.shape == (256, 13) and np.abs(pixels[9] - np.linspace(5, 250, 13)).max() < 9
+    samples = prepare("padchest-gr", tmp_path)[1]  # refuses a patient in two splits
+    truth = (samples.sentence >= 0)[-720:]
+    test = truth[samples.split[-720:] == "test"].sum(0)
+    assert (truth.sum(0) == 60).all() and (abs(test / 60 - 0.15) < 0.07).all()
 
 @pytest.mark.parametrize("file, old, new, words", [
     ("meta.csv", ",absent,", ",abscent,", "abscent"), ("meta.csv", "case_num", "\0", "row 2"),
     ("meta.csv", "1,clark nevus,", "1,clark nevus,1", "seven_point_score"),
-    ("meta.csv", "P0007.jpg,,", "P7,,", "p7"), ("test_indexes.csv", "es\n", "es\n5\n", "row 5"),
+    ("meta.csv", "P0007.jpg,,", "P7,,", "p7"), ("test_indexes.csv", "es\n", "es\n5\n", "row 5 "),
     ("test_indexes.csv", "indexes\n", "indexes\n1011\n", "row 2"), ("", "test", "tset", "tset"),
     ("", "\"['left', 'basal']\"", "left", "row 2"), ("", "['left', 'basal']", "exit()", "row 2"),
     ("", "a_2.png", "../a_2.png", "row 2"), ("", "a_2.png", "z.png", "z.png"),
@@ -278,169 +271,153 @@ def test_bad_release(folder, capsys, file, old, new, words):
     """A wrong word, score, index, list, path, split, patient: one sentence, 2, nothing written."""
     padchest(release := folder / "data/demo/release_v0", ROWS)
     edit(release / "meta" / file if file else release / "master_table.csv", old, new)
-    assert prepare("derm7p" if file else "padchest-gr", release) == (2, [])
-    error = capsys.readouterr().err
-    assert error.startswith("data_prep.py: ") and error.count("\n") == 1 and words in error
+    name = "derm7p" if file else "padchest-gr"
+    assert data_prep.main([name, str(release), "--data", str(folder)]) == 2
+    error, = capsys.readouterr().err.splitlines()
+    assert error.startswith("data_prep.py: ") and words in error and not (folder / name).exists()
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("evil",)
+@pytest.mark.parametrize("name, splits, counts, files", [
+    ("chest-xray", ("train", "val", "test"), (1, 1, 1),
+     ("x/{0}/{1}/p.jpeg", "x/x/{0}/{1}/p.jpeg", "MAC/x/{0}/{1}/._q.jpeg")),
+    ("busi", range(20), (14, 3, 3), ("B/{1}/{1} ({0}).png", "B/{1}/{1} ({0})_mask_1.png"))])
+def test_folder_releases(tmp_path, name, splits, counts, files):
+    """A mask, a nested copy, a macOS stub as image, an unfair split, a lost class would show."""
+    kinds = [*data_prep.RELEASES[name]]
+    paths = [tmp_path / file.format(split, kind.upper())
+             for file, kind, split in itertools.product(files, kinds, splits)]
+    for path in paths:
+        scale.replace_file(path, Path.touch)
+    samples = prepare(name, tmp_path)[1]
+    assert {*samples.images} == {*paths[:len(samples.images)]}
+    for part, count in zip(("train", "valid", "test"), counts, strict=True):
+        assert ((samples.sentence[samples.split == part] >= 0).sum(0) == count).all()
+    shutil.rmtree(paths[0].parent)  # the other copy of the X-rays stands in for it
+    assert data_prep.main([name, str(tmp_path), "--data", str(tmp_path)]) == 2 * (name == "busi")
 
-@pytest.mark.parametrize("kind", "new old jit zip safetensors folder evil cut".split())
-def test_weights_on_disk(tmp_path, monkeypatch, capsys, kind):
+def test_weights_on_disk(tmp_path, monkeypatch, capsys):
     """A tensor lost or cast on the way to safetensors, or a pickle that is let run, would show."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data_prep, "HERE", tmp_path)
     monkeypatch.setitem(data_prep.RELEASES["weights"], "x", {"model.safetensors": "x/y.zip"})
-    module, given = torch.nn.Module(), Path("pytorch_model.bin")
-    module.register_buffer("b", torch.randn(3, 4).half().T)
-    state, target = module.state_dict(), Path("weights/x/model.safetensors")
-    torch.save(state | {"x": Evil()} if kind == "evil" else state, given,
-               _use_new_zipfile_serialization=kind != "old")
-    if kind == "jit":
-        torch.jit.script(module).save(given)
-    if kind == "zip":
-        given = Path(shutil.make_archive("m", "zip", ".", given))
-    if kind == "safetensors":
-        save_file({"b": state["b"].contiguous()}, given := given.with_suffix(".safetensors"))
-    if kind == "cut":
-        given.write_bytes(given.read_bytes()[:-300])
-    code = data_prep.main(["weights", "x", "--from", "." if kind == "folder" else str(given)])
-    if kind in ("evil", "cut"):
-        assert code == 2 and given.name in capsys.readouterr().err
-        assert not target.exists() and not Path("evil").exists()
-    else:
-        torch.testing.assert_close(load_file(target), dict(state), atol=0, rtol=0)  # dtypes too
+    module = torch.nn.Embedding.from_pretrained(torch.randn(3, 4).half().T)
+    state, target = dict(module.state_dict()), Path("weights/x/model.safetensors")
+    torch.save(state, "pytorch_model.bin")
+    shutil.make_archive("hub/m", "zip", ".", "pytorch_model.bin")
+    torch.save(state, "old.bin", _use_new_zipfile_serialization=False)
+    torch.jit.script(module).save("jit.pt")
+    save_file({"weight": state["weight"].contiguous()}, "m.safetensors")
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.mkdir, ("evil",))})()
+    torch.save({"weight": evil}, "evil.bin")
+    Path("cut.bin").write_bytes(Path("pytorch_model.bin").read_bytes()[:-300])
+    for given in ("evil.bin", "cut.bin"):
+        assert data_prep.main(["weights", "x", "--from", given]) == 2
+        assert given in capsys.readouterr().err and not (target.exists() or Path("evil").exists())
+    for given in "pytorch_model.bin", "old.bin", "jit.pt", "m.safetensors", "hub/m.zip", "hub":
+        assert data_prep.main(["weights", "x", "--from", given]) == 0
+        torch.testing.assert_close(load_file(target), state, atol=0, rtol=0)  # dtypes too
+        target.unlink()
 
 @functools.cache
-def written_clip(act="quick_gelu"):
+def written_clip():
     hf, folder = pytest.importorskip("transformers"), Path(tempfile.mkdtemp())
-    some = [*"anomelpi1'Ã©", "a</w>", "n</w>", "s</w>"]
-    merges = [(a, b) for a in some[:12] for b in some]
-    merges += [(a + b, some[i % 14]) for i, (a, b) in enumerate(merges) if "<" not in b]
-    np.random.default_rng(0).shuffle(merges)
-    names = [chr(i) + end for end in ("", "</w>") for i in range(33, 324)]  # of all bytes and more
-    names += [*map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    shape = dict(num_hidden_layers=11, hidden_act=act, num_attention_heads=4, intermediate_size=96)
-    text = {"hidden_size": 32, "max_position_embeddings": 20, "vocab_size": len(vocab),
-            "bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1}
-    image = {"hidden_size": 48, "image_size": 40, "patch_size": 8}
+    shape = dict(num_hidden_layers=11, num_attention_heads=4, intermediate_size=96)
+    text = dict(hidden_size=32, hidden_act="gelu", vocab_size=685, eos_token_id=684)
+    image = dict(hidden_size=48, hidden_act="quick_gelu", image_size=40, patch_size=8)
     torch.manual_seed(0)
     model = hf.CLIPModel(hf.CLIPConfig(text_config=shape | text, vision_config=shape | image))
     for p in model.eval().parameters():  # random biases and norms too
         p.data += 0.15 * torch.randn_like(p)
-    tokenizer = hf.CLIPTokenizerFast(vocab=vocab, merges=merges)
-    processor = hf.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(
-        size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40})
+    tokenizer = hf.CLIPTokenizerFast.from_pretrained(HERE / "weights" / "demo")
+    processor = hf.CLIPImageProcessorPil(size=40, crop_size=40)
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
-    return folder, model, tokenizer, processor  # small, random, written by transformers
+    out = model(CLIP(folder).tokenize(TEXTS)[0], pixels := torch.randn(3, 3, 40, 40))
+    patches = model.vision_model.post_layernorm(out.vision_model_output.last_hidden_state)
+    patches = model.visual_projection(patches)[:, 1:]
+    return folder, (pixels, out.image_embeds, patches, out.text_embeds), tokenizer, processor
 
 @functools.cache
 def written_medclip():
     hf, folder = pytest.importorskip("transformers"), Path(tempfile.mkdtemp())
-    torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgilnoprstuvy.,-²ß中", "lung", "##ung",
              *("##" + c for c in "aeilnorstx²"), "##ac", "heart", "##ies", "Lung"]
     (folder / "vocab.txt").write_text("\n".join([*words, ""]))
-    models = hf.SwinModel(hf.SwinConfig(embed_dim=32, num_heads=[1, 2, 4, 8])), hf.BertModel(
-        hf.BertConfig(vocab_size=len(words), hidden_size=128, num_attention_heads=2,
-                      intermediate_size=512))
-    heads = torch.randn(16, 256) / 9, torch.randn(16, 128) / 9
-    w = {"logit_scale": torch.tensor(5.)}
-    for part, model, head in zip(("vision_model.", "text_model."), models, heads, strict=True):
+    shape = dict(hidden_size=128, num_attention_heads=2, intermediate_size=512)
+    torch.manual_seed(0)
+    swin = hf.SwinModel(hf.SwinConfig(embed_dim=32, num_heads=[2, 4, 8, 16]))
+    bert = hf.BertModel(hf.BertConfig(vocab_size=len(words), **shape))
+    w = {"logit_scale": torch.tensor(5.), "text_model.model.position_ids": torch.arange(9)}
+    for part, model in {"vision_model.": swin, "text_model.": bert}.items():
         for p in model.eval().parameters():
             p.data += 0.15 * torch.randn_like(p)
-        model.save_pretrained(folder)  # even transformers 5 writes Swin's first names
-        tensors = load_file(folder / "model.safetensors") | {"position_ids": torch.arange(9)}
-        w |= {f"{part}model.{name}": tensor.clone() for name, tensor in tensors.items()}
-        w[part + "projection_head.weight"] = head
+        model.save_pretrained(folder / part)  # even transformers 5 writes Swin's first names
+        tensors = load_file(folder / part / "model.safetensors")
+        w |= {f"{part}model.{name}": tensor for name, tensor in tensors.items()}
+        w[part + "projection_head.weight"] = torch.randn(16, model.config.hidden_size) / 9
     save_file(w, folder / "model.safetensors")
-    return folder, *models, heads  # narrow and random, with the names of MedCLIP's own file
+    states = (bert(row[None, :length], output_hidden_states=True).hidden_states  # no padding
+              for row, length in zip(*MedCLIP(folder).tokenize(TEXTS), strict=True))
+    texts = torch.cat([(x[1] + x[2] + x[-1]).mean(1) for x in states])
+    texts = texts @ w["text_model.projection_head.weight"].T
+    patches = swin(pixels := torch.randn(2, 3, 224, 224)).last_hidden_state
+    patches = patches @ w["vision_model.projection_head.weight"].T
+    tokenizer = hf.BertTokenizerFast.from_pretrained(folder)
+    return folder, (pixels, patches.mean(1), patches, texts), tokenizer
 
-def copy_with(target, folder, tensors=None):
-    shutil.copytree(folder, target)
-    if tensors:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, target / "model.safetensors")
-    return target
-
-def openai_layout(hf, text=""):
-    """OpenAI's names and shapes (open_clip's with text="text."): fused in_proj, turned ends."""
-    out, spelling = {}, """visual_projection.weight:visual.proj vision_model:visual text_model.:
-        text_projection.weight:text_projection self_attn.q_proj.:attn.in_proj_ embeddings.:
-        self_attn:attn encoder.layers:transformer.resblocks pre_layrnorm:ln_pre fc1:c_fc
-        post_layernorm:ln_post final_layer_norm:ln_final layer_norm:ln_ fc2:c_proj
-        patch_embedding:conv1 position_embedding.weight:positional_embedding""".split()
-    for name in (n for n in hf if ".k_proj" not in n and ".v_proj" not in n):
-        tensor = hf[name].T if "_projection" in name else hf[name]
+def openai_layout(hf, text=""):  # open_clip's with text="text."
+    out, spelling = {}, """layer_norm:ln_ fc2:c_proj position_embedding.weight:positional_embedding
+        text_model.: q_proj.:in_proj_ pre_layrnorm:ln_pre post_layernorm:ln_post final_ln_:ln_final
+        encoder.layers:transformer.resblocks fc1:c_fc embeddings.: _projection.weight:_projection
+        vision_model:visual visual_projection:visual.proj self_: patch_embedding:conv1""".split()
+    for name, tensor in hf.items():
         if "q_proj" in name:
             tensor = torch.cat([hf[name.replace("q_proj", c + "_proj")] for c in "qkv"])
+        tensor = tensor.T.contiguous() if "_projection" in name else tensor
         for pair in spelling:
             name = name.replace(*pair.split(":"))
         out[name if name.startswith(("visual", "logit")) else text + name] = tensor
-    return out
+    return {n: t for n, t in out.items() if ".k_proj" not in n and ".v_proj" not in n}
 
-def assert_towers(model, pixels, images, texts, atol=2e-6):
-    w = {n: tensor.clone().requires_grad_() for n, tensor in model.tensors.items()}
+@pytest.mark.parametrize("kind", "clip openai open_clip half medclip".split())
+def test_towers_equal_transformers(tmp_path, kind):
+    """A wrong layer, layer order ("10" < "2"), window, pooling, padding, gradient, layout shows."""
+    written = written_medclip if kind == "medclip" else written_clip
+    folder, (pixels, images, patches, texts), *_ = written()
+    w = load_file(folder / "model.safetensors")
+    w = {"openai": openai_layout(w) | {"context_length": torch.tensor(77)},
+         "open_clip": openai_layout(w, "text."), "half": {n: t.half() for n, t in w.items()},
+         "clip": w | {"text_model.embeddings.position_ids": torch.arange(77)[None]}}.get(kind, w)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    save_file(w, tmp_path / "model.safetensors")
+    model, atol = scale.load_backbone(tmp_path), 2e-3 if kind == "half" else 2e-6
+    assert model.logit_scale == pytest.approx(min(w["logit_scale"].exp().item(), 100), 1e-3)
+    assert model.last_block.split("layers.")[1] == ("3.blocks.1." if kind == "medclip" else "10.")
+    w = model.tensors = {n: t.clone().requires_grad_() for n, t in model.tensors.items()}
     ids, lengths = model.tokenize(TEXTS)
-    first, last = model.image_tower(w, pixels), model.text_tower(w, w[model.words][ids], lengths)
-    got = torch.cat([first, model.encode_image(pixels), last, model.encode_text(TEXTS)])
-    expected = F.normalize(torch.cat([images, images, texts, texts]), dim=-1)
-    torch.testing.assert_close(F.normalize(got, dim=-1), expected, atol=atol, rtol=0)
-    (first.square().sum() + last.square().sum()).backward()
+    got = [model.image_tower(w, pixels), model.text_tower(w, w[model.words][ids], lengths),
+           model.image_tower(w, pixels, True), model.encode_image(pixels), model.encode_text(TEXTS)]
+    for pair in zip(got, (images, texts, patches, images, texts), strict=True):
+        torch.testing.assert_close(*(F.normalize(x, dim=-1) for x in pair), atol=atol, rtol=0)
+    assert [x.requires_grad for x in got] == [True] * 3 + [False] * 2  # frozen but in the towers
+    sum(x.square().sum() for x in got[:2]).backward()
     assert [n for n, t in w.items() if t.grad is None] == ["logit_scale"]
-    model.tensors = w  # a frozen encoder records no gradients
-    assert not (model.encode_text(TEXTS).requires_grad or model.encode_image(pixels).requires_grad)
-
-@pytest.mark.parametrize("kind", "quick_gelu gelu position_ids openai open_clip half".split())
-def test_clip_equals_transformers(tmp_path, kind):
-    """A wrong activation, layer order ("10" < "2"), pooling, gradient, layout or fp16 shows."""
-    folder, model, tokenizer, _ = written_clip("gelu" if kind == "gelu" else "quick_gelu")
-    w, pixels = load_file(folder / "model.safetensors"), torch.randn(3, 3, 40, 40)
-    w = {"position_ids": w | {"text_model.embeddings.position_ids": torch.arange(20)[None]},
-         "openai": openai_layout(w) | {"context_length": torch.tensor(20)}, "open_clip":
-         openai_layout(w, "text."), "half": {n: t.half() for n, t in w.items()}}.get(kind, w)
-    ids = tokenizer(TEXTS, padding=True, truncation=True, max_length=20, return_tensors="pt")
-    with torch.no_grad():  # transformers 4 returns tensors, 5 objects
-        images, texts = (getattr(x, "pooler_output", x) for x in (
-            model.get_image_features(pixel_values=pixels), model.get_text_features(**ids)))
-    clip = CLIP(copy_with(tmp_path / "copy", folder, w))
-    assert_towers(clip, pixels, images, texts, 2e-3 if kind == "half" else 2e-6)
-    assert clip.logit_scale == pytest.approx(model.logit_scale.exp().item(), 1e-3)
-
-def test_medclip_equals_transformers():
-    """A wrong window, shift, bias, merge, pooling or eps, or a mean over padding, would show."""
-    folder, swin, bert, heads = written_medclip()
-    medclip, pixels, texts = MedCLIP(folder), torch.randn(2, 3, 224, 224), []
-    with torch.no_grad():
-        for row, length in zip(*medclip.tokenize(TEXTS), strict=True):  # alone: no padding
-            states = bert(row[None, :length], output_hidden_states=True).hidden_states
-            texts.append((states[1] + states[2] + states[-1]).mean(1) / 3 @ heads[1].T)
-        images = swin(pixels).last_hidden_state.mean(1) @ heads[0].T
-    assert_towers(medclip, pixels, images, torch.cat(texts))
-    assert medclip.logit_scale == pytest.approx(math.exp(4.6052)) and is_medclip(folder)
-
-def assert_tokens(model, tokenizer, *pools):
-    rng, odd = np.random.default_rng(1), "ÀßİΣς²½Ⅷ٣中한 \t\n\u00a0\x1c\x85'’_<|>éfi🙂\u0301\u200d"
-    texts = ["".join(rng.choice([*pool, *odd[:i % 2 * 99]], rng.integers(40)))
-             for i in range(1000) for pool in pools] + ["a" * 100, "a" * 101, "a. " * 99]
-    ours = [row[:length].tolist() for row, length in zip(*model.tokenize(texts), strict=True)]
-    assert ours == tokenizer(texts, truncation=True, max_length=model.context)["input_ids"]
 
 def test_tokens_equal_transformers(tmp_path):
     """A slip in normalising, splitting, joining, cutting or reading the files would show."""
-    folder, (source, _, tokenizer, _) = written_medclip()[0], written_clip()
-    bert = pytest.importorskip("transformers").BertTokenizerFast.from_pretrained(folder)
-    assert_tokens(MedCLIP(folder), bert, "abcde lungs HEARTIES ,.-", "lungaciesÀ $+<")
-    copy = copy_with(tmp_path / "copy", source)
-    fast = json.loads((copy / "tokenizer.json").read_text())["model"]
-    lines = [" ".join(pair) for pair in fast["merges"]]
-    for files in ({}, {"tokenizer.json": json.dumps({"model": fast | {"merges": lines}})}, {
-            "vocab.json": json.dumps(fast["vocab"]), "merges.txt": "\n".join(["#", *lines, ""])}):
-        for name, text in files.items():
-            (copy / name).write_text(text)
-        assert_tokens(CLIP(copy), tokenizer, "abcdefghijklmno PQRS'tvsd.,12!", "melanoma's élan 1")
+    (source, _, tokenizer, _), (medclip, _, bert) = written_clip(), written_medclip()
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    fast = json.loads((source / "tokenizer.json").read_text())["model"]
+    fast["merges"] = [" ".join(pair) for pair in fast["merges"]]  # older files have lines of two
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": fast}))
+    pieces = [name.removesuffix("</w>") for name in [*fast["vocab"]][512:-2]] + [*" PQR'ts.,12!"]
+    rng, odd = np.random.default_rng(1), "ÀßİΣς²½Ⅷ٣中한 \t\n\u00a0\x1c\x85'’_<|>éfi🙂\u0301\u200d"
+    texts = ["".join(rng.choice([*pool, *odd[:i % 2 * 99]], rng.integers(40)))
+             for pool in (pieces, "melanoma's élan 1", "abcde lungs HEARTIES ,.-", "lungaciesÀ $+<")
+             for i in range(500)] + ["a" * 100, "a" * 101, "a. " * 99]
+    for folder in (source, tmp_path, HERE / "weights" / "demo", medclip):  # demo: merges.txt
+        model, theirs = scale.load_backbone(folder), bert if folder == medclip else tokenizer
+        ours = [row[:length].tolist() for row, length in zip(*model.tokenize(texts), strict=True)]
+        assert ours == theirs(texts, truncation=True, max_length=model.context)["input_ids"]
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "LA", "1", "CMYK"])
 def test_clip_pixels_equal_transformers(mode):
@@ -454,33 +431,33 @@ def test_clip_pixels_equal_transformers(mode):
 @pytest.mark.parametrize("how, dtype, factor", [(2, "u1", 1), (3, "u2", 257), (2, "f4", .5)])
 def test_medclip_pixels(tmp_path, how, dtype, factor):
     """Another filter, padding, mean or std, or 16 bits saturated in place of scaled would show."""
-    copy, x = copy_with(tmp_path / "copy", written_medclip()[0]), np.zeros((256, 256), np.uint8)
-    (copy / "preprocessor_config.json").write_text('{"resample": 3}' if how == 3 else "{}")
-    x[:, 77:178] = np.arange(256)[:, None]  # 77 columns of black to its left, 78 to its right
-    Image.fromarray(x[:, 77:178].astype(dtype) * np.array(factor, dtype)).save(tmp_path / "x.tif")
-    pixels = MedCLIP(copy).preprocess(scale.open_image(tmp_path / "x.tif")) * 0.27950088968644304
-    expected = np.asarray(Image.fromarray(x).resize((224, 224), how))[None].repeat(3, 0) / 255
-    np.testing.assert_allclose(pixels + 0.5862785803043838, expected, atol=1e-5)
+    shutil.copytree(written_medclip()[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text('{"resample": 3}' if how == 3 else "{}")
+    x = np.pad(np.arange(256.)[:, None].repeat(101, 1), ((0, 0), (77, 78)))  # black at its sides
+    Image.fromarray((x[:, 77:178] * factor).astype(dtype)).save(tmp_path / "x.tif")
+    pixels = MedCLIP(tmp_path).preprocess(scale.open_image(tmp_path / "x.tif"))
+    expected = np.asarray(Image.fromarray(np.uint8(x)).resize((224, 224), how)) / 255
+    assert abs(pixels.numpy() * 0.27950088968644304 + 0.5862785803043838 - expected).max() < 1e-5
 
-@pytest.mark.parametrize("family, name", [
-    (CLIP, "text_model.encoder.layers.10.layer_norm2.bias"), (CLIP, "ln_final.bias"),
-    (MedCLIP, "vision_model.model.encoder.layers.0.blocks.0.attention.self.query.bias")])
-@pytest.mark.parametrize("fault", ["missing", "extra", "misshapen", "nan", "renamed", "cut"])
-def test_checkpoint_must_fit(tmp_path, family, name, fault):
+@pytest.mark.parametrize("written, name", [
+    (written_clip, "ln_final.bias"), (written_clip, "text_model.encoder.layers.10.mlp.fc1.bias"),
+    (written_medclip, "vision_model.model.encoder.layers.0.blocks.0.attention.self.query.bias")])
+@pytest.mark.parametrize("fault", "renamed extra broadcast row nan block cut".split())
+def test_checkpoint_must_fit(tmp_path, written, name, fault):
     """A file that fits in part, as Swin under transformers 5's names, loads, or it names none."""
-    folder = written_clip()[0] if family is CLIP else written_medclip()[0]
+    shutil.copytree(folder := written()[0], tmp_path, dirs_exist_ok=True)
     w = load_file(folder / "model.safetensors")
     w = openai_layout(w) if name == "ln_final.bias" else w
-    part, others = name.split(".")[-2], {n: tensor for n, tensor in w.items() if n != name}
-    w, words = {"missing": (others, name), "nan": (w | {name: w[name] * math.nan}, name),
-                "extra": (w | {"logit_bias": torch.zeros(1)}, "logit_bias"),
-                "misshapen": (w | {name: torch.zeros(7)}, name), "cut": (w, "safetensors"),
-                "renamed": ({n.replace(part, "q_proj"): w[n] for n in w}, "missing inst")}[fault]
-    copy = copy_with(tmp_path / "copy", folder, w)
-    if fault == "cut":
-        os.truncate(copy / "model.safetensors", 9999)
-    with pytest.raises(InputError, match=words.replace("ln_final", ".*norm") + ".*weights copy"):
-        family(copy)
+    w, words = {
+        "renamed": ({n.replace(name, "q"): w[n] for n in w}, name + " missing"),
+        "extra": (w | {"logit_bias": torch.zeros(1)}, "logit_bias"),
+        "broadcast": (w | {name: w[name][:1]}, name), "nan": (w | {name: w[name] * math.nan}, name),
+        "row": ({n: t[:1] if "position" in n else t for n, t in w.items()}, "position"),
+        "block": ({n: w[n] for n in w if ".10." not in n}, "missing inst"),
+        "cut": (w, "safetensors")}[fault]
+    (tmp_path / "model.safetensors").write_bytes(save(w)[:9999 if fault == "cut" else None])
+    with pytest.raises(InputError, match=words.replace("ln_final", ".*norm") + ".*weights test_"):
+        scale.load_backbone(tmp_path)
 
 @pytest.mark.parametrize("temperature", [1.0, 0.07, 0.005])
 def test_supcon_equals_loops_and_is_no_worse_than_plain_torch(temperature):
@@ -528,12 +505,13 @@ def test_supcon_mistakes_are_named():
         gradient.sum().backward()
 
 def test_supcon_compile_autocast_and_memory():
-    """A graph break, a false shape, rounding by autocast, an N x N matrix kept would show."""
+    """A graph break, a false fake, rounding by autocast, an N x N matrix kept would show."""
     x, g, sizes = unit_rows(80, 16, dtype=torch.float32), torch.arange(80) % 9, []
     for loss in (supcon_loss, lambda x, g: product_supcon_loss(x, x.detach(), g)):
         assert_same(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, g), loss(x, g), x)
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(loss(x, g), loss(x, g), x, 0, 0)  # also: the same bits from run to run
+    torch.library.opcheck(supcon.all_pairs, (x, g, x.detach().norm(), None, 80, True, False, None))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, id):
         supcon_loss(unit_rows(900, 16), torch.arange(900) % 9)
     assert sum(sizes) < 900 * 16 * 5
@@ -584,21 +562,20 @@ def test_triton_in_interpreter():
     builder.create_masked_load = functools.partialmethod(record, 0, builder.create_masked_load)
     builder.create_masked_store = functools.partialmethod(record, 1, builder.create_masked_store)
     interpreter.GridExecutor.__call__ = guarded_launch
-    for n, d in ((1, 8), (33, 17), (65, 37), (300, 9)):
+    for n, d in ((1, 8), (33, 17), (65, 37), (300, 9), (5, 4096)):
         x, g = unit_rows(2 * n + 5, d), torch.arange(2 * n + 5) % 7
         for rows, alone in ((len(x), True), (n, False), (n, True)):  # the last as in a group
-            slopes = []
-            for z, triton in ((x, False), (x.float(), True)):
+            slopes = []  # exact, of plain float32, of Triton
+            for z, triton in ((x, False), (x.float(), False), (x.float(), True)):
                 lse, total, count = supcon.all_pairs(
-                    z, g, 20 * z.new_ones(()), None, None, rows, alone, triton, None)[0][:, :rows]
+                    z, g, z.new_tensor(.2), None, rows, alone, triton, None)[0][:, :rows]
                 loss = torch.where(count > 0, lse - total / count.clamp(min=1), 0).sum()
                 slopes += [loss, *torch.autograd.grad(loss, x)]
-            for a, b in zip(slopes[:2], slopes[2:], strict=True):
-                assert (a - b).norm() <= 2e-6 * a.norm() + 1e-6, (n, rows, alone)
+            for a, b, c in zip(slopes[:2], slopes[2:4], slopes[4:], strict=True):
+                assert (c - a).norm() <= (b - a).norm() + 1e-6 * a.norm(), (n, rows, alone)
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("arch, weights", [*itertools.product([80, 90, 100], [False, True])])
 @pytest.mark.parametrize("dtype, shape", [("fp32", (128, 64, 32)), ("bf16", (128, 128, 64))])
-@pytest.mark.parametrize("weights", [False, True])
 def test_triton_compiles_without_spills(tmp_path, arch, dtype, shape, weights):
     """Tiles that spill registers or miss the tensor cores would show, without a GPU."""
     triton = pytest.importorskip("triton")
@@ -626,54 +603,79 @@ def test_supcon_file_alone(tmp_path):
 
 def test_interrupted_embedding_goes_on(demo, tmp_path):
     """After a half JPEG only what is missing is computed, to the bit; else nothing."""
-    images = [Path(shutil.copy(path, tmp_path)) for path in sorted(demo[0].glob("**/*.jpg"))[:40]]
-    backbone, batches, jpeg = scale.load_backbone("demo"), [], images[30].read_bytes()
-    encode, rest = backbone.encode_image, (["abc"], tmp_path / "cut.safetensors", 8)
-    whole = scale.embed(backbone, images, ["abc"], tmp_path / "whole.safetensors", 8)
-    backbone.encode_image = lambda pixels: batches.append(pixels) or encode(pixels)
-    images[30].write_bytes(jpeg[:700])
-    with pytest.raises(InputError, match="P0030.jpg"):
-        scale.embed(backbone, images, *rest)
-    images[30].write_bytes(jpeg)
-    first, again = len(batches), scale.embed(backbone, images, *rest)
-    assert first == 3 and all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
-    images[0].write_bytes(images[1].read_bytes())  # content decides, not the name
-    assert scale.embed(backbone, images, *rest)[0][0].equal(whole[0][1]) and len(batches) == 5
+    paths = [Path(shutil.copy(path, tmp_path)) for path in sorted(demo[0].glob("**/*.jpg"))[:99]]
+    backbone, sizes, jpeg = scale.load_backbone("demo"), [], paths[70].read_bytes()
+    embed = functools.partial(scale.embed_images, backbone, [(path, 0) for path in paths])
+    whole, encode = embed(tmp_path / "a"), backbone.encode_image
+    backbone.encode_image = lambda pixels: sizes.append(len(pixels)) or encode(pixels)
+    paths[70].write_bytes(jpeg[:700])
+    with pytest.raises(InputError, match="P0070.jpg"):  # in the third batch
+        embed(tmp_path / "b")
+    paths[70].write_bytes(jpeg)
+    assert embed(tmp_path / "b").equal(whole) and sizes == [32, 32, 32, 3]
+    paths[0].write_bytes(paths[1].read_bytes())  # content decides, not the name
+    assert embed(tmp_path / "b")[0].equal(whole[1]) and len(sizes) == 4
+
+def test_views_are_augmented(demo, tmp_path):
+    """A view of a test image, a plain one among the others, chance or a flip would show."""
+    drawing = Image.fromarray(np.uint8([[200, 150, 100, 50]]).repeat(4, 0)).resize((64, 48), 0)
+    shown = [np.asarray(scale.augment(drawing, view)).mean((0, 2)) for view in range(1, 9)]
+    assert all(row[:20].mean() > row[-20:].mean() + 40 for row in shown)
+    config = scale.Config("demo", data=str(demo[0] / "data"), out=str(tmp_path))
+    plain, data = (scale.embed_dataset(scale.replace(config, views=count)) for count in (1, 2))
+    same = (data.views == plain.views).all(2).T.numpy()  # (2, N)
+    assert same[0].all() and np.array_equal(same[1], data.samples.split != "train")
 
 def test_demo_command(demo):
     """Files of every run, a table with every method, the same bytes again."""
-    folder, first = demo
-    run = folder / "runs" / "demo-demo-scale-0.05-s1"
+    run = demo[0] / "runs" / "demo-demo-scale-0.05-s1"
     files = {path.name: path.read_bytes() for path in run.iterdir()}
     assert len(files) == 5 and {"adapter.safetensors", "scores.csv", "config.json"} < set(files)
     assert len(files.pop("log.jsonl").splitlines()) == 151  # it holds times
     metrics = json.loads(files["metrics.json"])
     assert metrics["n_train"] == 21 and metrics["n_test"] == 395 and len(metrics["per_task"]) == 7
     (run / "config.json").write_text("of another version")
-    again = python(folder, *COMMAND, "--frac", "0.05", "--splits", "2")
-    assert again.stdout == first and "embedding" not in again.stderr
+    again = python(demo[0], *COMMAND, "--frac", "0.05", "--splits", "2")
+    assert again.stdout == demo[1] and "embedding" not in again.stderr
     assert files == {name: (run / name).read_bytes() for name in files}
 
-def test_sweep_report_and_shuffled_labels(folder):
+def test_predictions(demo, tmp_path, capsys):
+    """A wrong concept or probability, or another checkpoint that is taken, would show."""
+    run = shutil.copytree(demo[0] / "runs" / "demo-demo-scale-0.05-s0", tmp_path / "run")
+    row = list(csv.DictReader(open(run / "scores.csv")))[7]
+    image = str(demo[0] / "data/demo/release_v0/images" / row["image"])
+    command = ["--predict", image, "--run", str(run), "--out", str(tmp_path)]
+    assert scale.main(command) == 0
+    told = json.loads((tmp_path / "predictions.json").read_text())[image]
+    for task in json.loads((run / "config.json").read_text())["taxonomy"]["tasks"]:
+        ranked = sorted(task["combinations"], key=lambda c: float(row[c["name"]]))
+        odds = {c["name"]: math.exp(float(row[c["name"]])) for c in ranked}
+        best, said = {c["class"]: odds[c["name"]] for c in ranked}, told[task["name"]]
+        shares = {name: x / sum(best.values()) for name, x in best.items()}
+        assert said["classes"] == pytest.approx(shares, abs=1e-4)
+        assert [*said["decided_by"]] == [*odds][:-3:-1]  # the two highest
+        for name, x in said["decided_by"].items():
+            assert x["two_prompt_probability"] == pytest.approx(1 / (1 + 1 / odds[name]), abs=.001)
+    edit(run / "config.json", '_sha256": "', '_sha256": "0')
+    assert scale.main(command) == 2 and "train again" in capsys.readouterr().err
+
+def test_sweep_report_and_shuffled_labels(demo, folder):
     """A fraction or a number lost, a worker unlike a single run, a leak shows."""
-    command = *COMMAND, "--epochs", "30", "--method"
-    out = python(folder, *command, "zeroshot,coop,scale", "--sweep", "--splits", "1").stdout
-    report, files = folder / "runs" / "report-demo", list(folder.glob("runs/*/metrics.json"))
+    sweep = "--sweep --method zeroshot,coop,scale --splits 1".split()
+    out, report = python(folder, *COMMAND, *sweep).stdout, folder / "runs" / "report-demo"
     rows = list(csv.DictReader(open(report / "results.csv")))
     shown = "".join(ET.parse(report / "figures" / "scores.svg").getroot().itertext())
     assert len(rows) == 15 and "at 50%" in out and "leads" in (report / "report.md").read_text()
     assert all(value in shown for row in rows for value in row.values())
-    assert {row["class_f1"] for row in rows} == {
-        repr(json.loads(path.read_text())["class"]["f1"]) for path in files}
-    run = folder / "runs" / "demo-demo-scale-0.25-s0-epochs=30"
-    swept = run.rename(folder / "swept")
-    python(folder, *command, "scale", "--frac", "0.25")
-    assert (run / "scores.csv").read_bytes() == (swept / "scores.csv").read_bytes()
-    flags = "--method", "linear-weighted,scale", "--shuffle-labels", "--splits", "2"
-    python(folder, *COMMAND, *flags, "--frac", "0.5")
-    for path in folder.glob("runs/*shuffle_labels*/metrics.json"):  # chance: zero-shot has 0.42
+    metrics = [json.loads(path.read_text()) for path in folder.glob("runs/*/metrics.json")]
+    assert {float(row["class_f1"]) for row in rows} == {run["class"]["f1"] for run in metrics}
+    swept, single = (at / "runs/demo-demo-scale-0.05-s0/scores.csv" for at in (folder, demo[0]))
+    assert swept.read_bytes() == single.read_bytes()
+    shuffled = "--shuffle-labels --method linear-weighted,scale --frac 0.5 --splits 2".split()
+    python(folder, *COMMAND, *shuffled)
+    for path in folder.glob("runs/*shuffle_labels*/metrics.json"):  # zero-shot: .58, .42
         metrics = json.loads(path.read_text())
-        assert metrics["class"]["f1"] < 0.52 and metrics["class_concept"]["f1"] < 0.35
+        assert metrics["class"]["f1"] < 0.55 and metrics["class_concept"]["f1"] < 0.35
 
 @pytest.mark.parametrize("flags, change, words", [
     ("--frac 2", (), "--frac"), ("--method scala", (), "scala"), ("--criterion x", (), "pigment"),
@@ -688,13 +690,11 @@ def test_bad_input(folder, capsys, monkeypatch, flags, change, words):
         edit(folder / "data" / "demo" / change[0], *change[1:])
     monkeypatch.chdir(folder)
     assert scale.main(["--dataset", "demo", "--method", "linear", *flags.split()]) == 2
-    error = capsys.readouterr().err.strip().splitlines()
-    assert words in error[-1] and error[-1].startswith("scale.py: ") and "Traceback" not in error
-    assert not list(folder.glob("runs/demo-*"))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("scale.py: ") and words in error and not [*folder.glob("runs/demo-*")]
 
 def test_budget():
     """Under 2,000 lines of at most 100 columns without the tests, which have at most 700."""
-    system = {*HERE.glob("*.py"), *HERE.glob("*/*.py")} - {HERE / "test_scale.py"}
-    lines = [line for path in system for line in path.read_text().splitlines()]
-    tests = (HERE / "test_scale.py").read_text().splitlines()
-    assert len(lines) < 2000 and len(tests) <= 700 and max(map(len, lines + tests)) <= 100
+    files = {p: p.read_text().splitlines() for p in (*HERE.glob("*.py"), *HERE.glob("*/*.py"))}
+    assert max(map(len, sum(files.values(), []))) <= 100
+    assert len(files.pop(HERE / "test_scale.py")) <= 700 and sum(map(len, files.values())) < 2000
