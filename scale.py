@@ -96,7 +96,7 @@ class Config:
     negative_prompt: str = flag("", "second prompt of the AUC; default: the data set's own")
 
 def parse(argv):
-    """Command line -> Config. Errors: argparse's own (exit code 2), InputError for bad values."""
+    """Command line -> what to call. Errors: argparse's (exit code 2), InputError for bad values."""
     parser = argparse.ArgumentParser(prog="scale.py", description=__doc__.split("\n\n")[0])
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config)}
     for name, f in flags.items():
@@ -110,7 +110,7 @@ def parse(argv):
             raise InputError(f"{name} {value} must match {fits}.")
         if isinstance(fits, tuple) and not fits[0] < value <= fits[1]:
             raise InputError(f"{name} {value} must be above {fits[0]:g}, at most {fits[1]:g}.")
-    return config
+    return functools.partial(predict if config.predict else compare, config)
 
 
 # ---- 2. A prepared folder: taxonomy.json and samples.csv (README, Data) --------------------------
@@ -857,7 +857,10 @@ def predict(config):
     results = {path: dict(explain(z, taxonomy, backbone.logit_scale))
                for path, z in zip(config.predict, cosines, strict=True)}
     for path, reasons in results.items():
-        print(path, *(f"{task}: {json.dumps(x)}" for task, x in reasons.items()), sep="\n  ")
+        for task, x in reasons.items():
+            classes = ", ".join(f"{k} {v:.2f}" for k, v in x["classes"].items())
+            why = ", then ".join(f"{k} {v['similarity']:.2f}" for k, v in x["decided_by"].items())
+            print(f"{path} {task}: {classes}; similar to {why}")
     write_files(Path(config.out), {"predictions.json": json.dumps(results, indent=1) + "\n"})
 
 def embed_dataset(config):
@@ -918,10 +921,7 @@ def guarded(script, action):
 
 def main(argv=None):
     """Run the command line; return its exit code."""
-    def action():
-        config = parse(argv)
-        (predict if config.predict else compare)(config)
-    return guarded("scale.py", action)
+    return guarded("scale.py", lambda: parse(argv)())
 
 if __name__ == "__main__":
     sys.exit(main())
