@@ -92,7 +92,7 @@ def block(w, p, names, x, heads, mask=None, causal=False, read=None, act=F.gelu,
     x = F.layer_norm(x, width, *one, eps) if post else x
     y = x if post else F.layer_norm(x, width, *two, eps)
     y = act(torch.addmm(fc1[1], y.flatten(0, 1), fc1[0].T, beta=factor, alpha=factor))
-    x = torch.addmm((x + fc2[1]).flatten(0, 1), y, fc2[0].T, alpha=1 / factor).view(x.shape)
+    x = (x + fc2[1]).flatten(0, 1).addmm_(y, fc2[0].T, alpha=1 / factor).view(x.shape)
     return F.layer_norm(x, width, *two, eps) if post else x
 
 class Backbone:

@@ -39,9 +39,9 @@ def swin_block(w, p, x, shift):
     near = (dy.abs() < 7) & (dx.abs() < 7)  # false for cells that only rolling brought together
     bias = w[f"{p}attention.self.relative_position_bias_table"].T[:, near * (13 * dy + dx + 84)]
     bias = bias.masked_fill(~near, -100).transpose(0, 1)  # (windows, heads, 49, 49)
-    x = x[:, cells.flatten()].view(-1, 49, x.shape[2])
+    x = x.index_select(1, cells.flatten()).view(-1, 49, x.shape[2])
     x = block(w, p, SWIN, x, bias.shape[1], mask=bias.repeat(n if shift else 1, 1, 1, 1))
-    return x.view(n, side * side, -1)[:, cells.flatten().argsort()]
+    return x.view(n, side * side, -1).index_select(1, cells.flatten().argsort())
 
 class MedCLIP(Backbone):
     """A frozen MedCLIP from a folder; InputError for whatever is missing or does not fit."""
