@@ -172,7 +172,7 @@ def find_folder(config):
         from weights.phantoms import prepare_demo
         return prepare_demo(Path(config.data))
     raise InputError(f"--dataset {config.dataset!r} is no prepared folder: write it as the README "
-                     "says, or run python data_prep.py derm7p|padchest-gr path/to/release.")
+                     "says, or run python data_prep.py derm7p|padchest-gr|chest-xray|busi RAW.")
 
 def read_samples(folder, criterion=""):
     """Samples of a prepared folder (of one task: `criterion`); InputError names the wrong row."""
