@@ -355,6 +355,7 @@ class Adapter(nn.Module):
         self.alpha_logit = nn.Parameter(torch.tensor(math.log(alpha / (1 - alpha))))
 
     def forward(self, features):
+        """Unit features (N, D) -> adapted unit features (N, D)."""
         adapted = self.up(F.relu(self.down(features)))
         return F.normalize(torch.lerp(features, adapted, self.alpha_logit.sigmoid()), dim=-1)
 
@@ -485,6 +486,7 @@ def fit_scale(data, rows, config, generator, log):
     if config.rows == "raw":
         print("warning: products of raw rows of Q grow with the batch (Eq. 2)", file=sys.stderr)
     def objective(batch):
+        """Eq. 3 of some samples."""
         count = data.views.shape[1]
         view = torch.randint(count, batch.shape, generator=generator) if count > 1 else 0
         images, y = look(data.views[rows[batch], view]), truth[batch]
@@ -498,7 +500,6 @@ def fit_scale(data, rows, config, generator, log):
             binary = images @ read(data.texts[-1:]).T, data.sentence[rows[batch]] >= 0
         return scale_loss(images @ bank.T, y, data.taxonomy, data.logit_scale, config.temperature,
                           lambdas, config.rows == "unit", pairs, binary)
-
     train(objective, tuned.parameters(), len(rows), config, generator, log)
     log.append({f"alpha_{name}": a.alpha_logit.sigmoid().item() for name, a in tuned.items()})
     return lambda rows: data.margins(look(data.images[rows]), read(data.texts)), tuned.state_dict()
@@ -527,12 +528,11 @@ def fit_lbfgs(data, rows, config, generator, log):
     optimizer = torch.optim.LBFGS([w], max_iter=10 ** 4, max_eval=10 ** 5, tolerance_grad=1e-5,
                                   tolerance_change=0, line_search_fn="strong_wolfe")
     def objective():
-        # Choice: 100, as features have unit length (CLIP's probes: 0.316 at lengths of 10 to 20).
+        """Choice: 100, as features have unit length (CLIP's probes: 0.316 at 10 to 20)."""
         loss = w[:-1].square().sum() / 2 + 100 * F.binary_cross_entropy_with_logits(
             images[rows] @ w, truth.double(), balance, reduction="sum")
         w.grad, = torch.autograd.grad(loss, w)
         return loss
-
     log.append({"loss_before": optimizer.step(objective).item(), "loss": objective().item()})
     return lambda rows: images[rows] @ w, {"weight": w}
 
@@ -547,31 +547,29 @@ def fit_coop(data, rows, config, generator, log):
     # Choice: momentum .9, decay 5e-4, an epoch at a hundredth of the rate, then a cosine.
     optimizer = torch.optim.SGD([context.requires_grad_()], config.lr, .9, weight_decay=5e-4)
     def read():
+        """Unit features (H + 1, D) of the names after the learnt vectors."""
         prompts = torch.cat([words[:, :1], context.expand(len(words), -1, -1), words[:, 1:]], 1)
         return F.normalize(backbone.text_tower(backbone.tensors, prompts, lengths + room), dim=-1)
-
     def objective(batch):
+        """Cross-entropy of some samples over the combinations, at the epoch's rate."""
         rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs) if log else .01
         optimizer.param_groups[0]["lr"] = config.lr * rate
         z = data.images[rows[batch]] @ read()[:-1].T
         return cross_entropy(z, truth[batch], data.taxonomy.combination, data.logit_scale), {}
-
     train(objective, [context], len(rows), config, generator, log, optimizer)
     return lambda rows: data.margins(data.images[rows], read()), {"context": context}
 
 def towers(data, backbone, tuned):
-    """look(rows, every_token=False) -> unit features (n, D) of images, or (n, L, D) of patches, and
-    read() -> (H + 1, D) of prompts, with tuned() in place of some of the backbone's tensors.
-    """
+    """look and read, () -> (H + 1, D) of prompts, with tuned() for some of the tensors."""
     tokens, lengths = (x.to(data.texts.device) for x in backbone.tokenize(data.origin["prompts"]))
     decode = functools.lru_cache(4096)(  # once a run; 2.5 GB at 224 x 224
         lambda row: backbone.preprocess(open_image(data.samples.images[row])))
     def look(rows, every_token=False):
+        """Unit features (n, D) of images, or (n, L, D) of their patches."""
         w, parts = backbone.tensors | tuned(), torch.as_tensor(rows).split(64)
         pixels = (torch.stack([decode(row) for row in part.tolist()]) for part in parts)
         x = torch.cat([backbone.image_tower(w, x.to(tokens.device), every_token) for x in pixels])
         return F.normalize(x, dim=-1)
-
     return look, lambda: F.normalize(
         backbone.text_tower(backbone.tensors | tuned(), tokens, lengths), dim=-1)
 
@@ -590,9 +588,9 @@ def fit_lora(data, rows, config, generator, log):
     look, read = towers(data, backbone, lambda: {
         name: backbone.tensors[name] + up @ down for name, (up, down) in factors.items()})
     def objective(batch):
+        """Cross-entropy of some samples over the combinations."""
         z = look(rows[batch]) @ read()[:-1].T
         return cross_entropy(z, truth[batch], data.taxonomy.combination, data.logit_scale), {}
-
     state = {f"{name}.{i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
     tune(objective, state.values(), len(rows), config, generator, log)
     return lambda rows: data.margins(look(rows), read()), state
@@ -614,12 +612,13 @@ def fit_hica(data, rows, config, generator, log):
     look, read = towers(data, backbone, lambda: tuned)
     centres = cluster(data.images[rows], len(klass.names), generator)
     same = klass.own.float().T @ klass.own.float()  # (C, C) classes of one task
-    def first(batch):  # images learn k-means pseudo-labels, prompts to be told apart
+    def first(batch):
+        """Images learn k-means pseudo-labels, prompts to be told apart."""
         texts, labels = read(), (data.images[rows[batch]] @ centres.T).argmax(1)
         apart = (scale * texts @ texts.T).log_softmax(1).diagonal().mean()
         return F.cross_entropy(scale * look(rows[batch]) @ centres.T, labels) - apart, {}
-
-    def second(batch):  # L_global + L_local, of each prompt's best patch, + L_cross, of classes
+    def second(batch):
+        """L_global + L_local, of each prompt's best patch, + L_cross, a margin of classes."""
         texts, y = read()[:-1], truth[batch]
         z, patches = (look(rows[batch], every) @ texts.T for every in (False, True))
         best, shown = scale * at_level(z, klass), at_level(y, klass)  # (n, C)
@@ -628,7 +627,6 @@ def fit_hica(data, rows, config, generator, log):
                  "local": cross_entropy(patches.amax(1), y, combination, scale),
                  "cross": gap.where(~shown, 0).sum(1).mean()}
         return sum(terms.values()), terms
-
     for stage in (first, second):
         tune(stage, tuned.values(), len(rows), config, generator, log)
     return lambda rows: data.margins(look(rows), read()), tuned

@@ -194,6 +194,7 @@ def _gather(local, group):
     dist.all_gather_into_tensor(rows, local.detach().contiguous(), group=group)
     rows = torch.cat([local, rows.roll(-at, 0)[len(local) :]])
     def share(grad):
+        """Sum of what all processes found for one's own rows."""
         own = torch.empty_like(local)
         dist.reduce_scatter_tensor(own, grad.roll(at, 0), group=group)
         return torch.cat([own, grad[len(local) :]])
