@@ -44,8 +44,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -76,12 +77,18 @@ class Config:
     data: str = flag("data", "where the prepared folders lie", False)
     out: str = flag("runs", "where the runs and the cache of embeddings go", False)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", False)
+    dtype: str = flag("float32", "of the encoder; bfloat16 is for GPUs", True, "float32|bfloat16")
     sweep: bool = flag(False, "fractions .05 .1 .25 .5 1; report and figures in --out", False)
+    grid: bool = flag(False, "search the lambdas on the validation split; prints the best")
     predict: tuple = flag((), "image files: print their classes and what decided them", False)
-    run: str = flag("", "folder of a finished run of scale, for --predict", False)
+    card: bool = flag(False, "with --predict: also a PNG an image, with maps of similarity", False)
+    retrieve: str = flag("", "text: rank the images of --dataset by similarity to it", False)
+    retrieve_image: str = flag("", "likewise by similarity to an image file", False)
+    run: str = flag("", "finished run of scale, for --predict and --retrieve", False)
     criterion: str = flag("", "restrict to one task, such as pigmentation; default: all, jointly")
     shuffle_labels: float = flag(0.0, "control: shuffle this share of the training labels; without "
                                  "a number all, which should give chance", True, (-1e-9, 1))
+    text_noise: float = flag(0.0, "share of the texts' words to swap or drop", True, (-1e-9, 1))
     views: int = flag(0, "views of a training image; 0: 8 with reports, else 1", True, (-1, 99))
     epochs: int = flag(150, "passes over the subset (Sec. 2.3.2)", True, (0, 10**6))
     lr: float = flag(1e-3, "learning rate (Sec. 2.3.2)", True, (0, 100))
@@ -110,7 +117,9 @@ def parse(argv):
             raise InputError(f"{name} {value} must match {fits}.")
         if isinstance(fits, tuple) and not fits[0] < value <= fits[1]:
             raise InputError(f"{name} {value} must be above {fits[0]:g}, at most {fits[1]:g}.")
-    return functools.partial(predict if config.predict else compare, config)
+    asked = {"predict": config.predict, "retrieve": config.retrieve or config.retrieve_image}
+    command = next(itertools.compress((predict, retrieve), asked.values()), compare)
+    return functools.partial(command, config)
 
 
 # ---- 2. A prepared folder: taxonomy.json and samples.csv (README, Data) --------------------------
@@ -162,6 +171,11 @@ class Samples:
     split: np.ndarray       # (N,) of "train", "valid", "test"
     sentence: torch.Tensor  # (N, H) number of the text that says h of the image; -1: not shown
     texts: list             # S report sentences, none where prompts come from the taxonomy
+
+    def labels(self, n):
+        """Names of what image n shows, as samples.csv has them."""
+        shown = itertools.compress(self.taxonomy.combination.names, self.sentence[n] >= 0)
+        return ";".join(shown)
 
 def find_folder(config):
     """The prepared folder of a data set; `demo` is drawn when it is missing."""
@@ -244,11 +258,11 @@ def stratified_subset(truth, fraction, generator):
 
 
 # ---- 4. Frozen embeddings, computed once, cached by content --------------------------------------
-def load_backbone(name_or_folder, device="cpu"):
+def load_backbone(name_or_folder, device="cpu", dtype=torch.float32):
     """Frozen encoder of weights/<name>/ or a folder, a `weights.Backbone`; InputError if unfit."""
     folders = HERE / "weights" / name_or_folder, Path(name_or_folder)
     folder = next(filter(Path.is_dir, folders), folders[0])
-    return (MedCLIP if is_medclip(folder) else CLIP)(folder).to(device)
+    return (MedCLIP if is_medclip(folder) else CLIP)(folder).to(device, dtype)
 
 def progress(items, total, label):
     """Yield items; show count, rate, time left: redrawn in a terminal, at 1, 2, 4, ... in a log."""
@@ -260,14 +274,27 @@ def progress(items, total, label):
             line = f"{label} {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left"
             sys.stderr.write(line.ljust(79 * live) + ("\r" if live and done < total else "\n"))
 
+def ranks():
+    """Number of this process of torchrun, and how many there are; 0 and 1 without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def pooled(part):
+    """[part of each process of torchrun, in their order]."""
+    parts = [part] * ranks()[1]
+    if len(parts) > 1:
+        dist.all_gather_object(parts, part)
+    return parts
+
 def replace_file(path, write):
     """Call write(temporary path), then rename: a file or folder under its final name is whole."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(unfinished, ignore_errors=True)
-    write(unfinished)
+    with reading(path, "see that there is room and that the folder may be written"):
+        write(unfinished)
     shutil.rmtree(path, ignore_errors=True)  # a folder; a file is replaced as it stands
-    os.replace(unfinished, path)
+    with contextlib.suppress(OSError if path.is_dir() else ()):  # another process was as fast
+        os.replace(unfinished, path)
 
 def open_image(path):
     """Decode an image completely; InputError names a missing, truncated or foreign file."""
@@ -293,6 +320,14 @@ def augment(image, view):
     start = (size - side) * rng.uniform(size=2)
     return image.crop(np.hstack([start, start + side]).round().astype(int).tolist())
 
+def add_noise(text, share, rng):
+    """The text with each word, at probability `share`, dropped or swapped with the next."""
+    words = text.split()
+    for at in np.flatnonzero(rng.random(len(words)) < share)[::-1]:
+        word = words.pop(at)
+        words[at + 1:at + 1] = [word] * (rng.random() < 0.5)
+    return " ".join(words) if share else text
+
 def digest_file(path):
     """sha256 of a file's bytes; InputError if it cannot be read."""
     with reading(path, "restore it, or leave it out (of samples.csv)"), open(path, "rb") as file:
@@ -308,7 +343,8 @@ def embed(keys, items, folder, load, encode):
         with contextlib.suppress(SafetensorError):  # damaged: computed again
             cache |= load_file(path)
     batches = [list(items)[i:i + 32] for i in range(0, len(items), 32)]
-    todo = [batch for batch in batches if not cache.keys() >= set(batch)]
+    first, step = ranks()  # each process of torchrun takes its share
+    todo = [batch for batch in batches[first::step] if not cache.keys() >= set(batch)]
     with ThreadPoolExecutor(4) as pool:  # pairwise: the next is loaded while one is encoded
         loaded = itertools.pairwise(pool.map(load, map(items.get, batch)) for batch in [*todo, []])
         steps = progress(zip(todo, loaded, strict=True), len(todo), "embedding, batches of 32:")
@@ -318,6 +354,7 @@ def embed(keys, items, folder, load, encode):
             name = hashlib.sha256("".join(new).encode()).hexdigest() + ".safetensors"
             replace_file(folder / name, functools.partial(save_file, new))
             cache |= new
+    cache |= {key: part[key] for part in pooled(cache) for key in part}
     return torch.stack([cache[key] for key in keys])
 
 def embed_images(backbone, pictures, folder):
@@ -329,11 +366,13 @@ def embed_images(backbone, pictures, folder):
 
 def embed_both(pictures, texts, name, config):
     """Unit features of pictures and texts by backbone `name`, it, and its checkpoint's sha256."""
-    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = config.device.replace("auto", own)
     with reading(f"--device {device}", "try --device cpu"):
-        backbone = load_backbone(name, device)
+        backbone = load_backbone(name, device, getattr(torch, config.dtype))
     checkpoint = digest_file(backbone.path)
-    key = hashlib.sha256((checkpoint + json.dumps(backbone.describe())).encode()).hexdigest()
+    key = checkpoint + json.dumps([backbone.describe(), config.dtype])
+    key = hashlib.sha256(key.encode()).hexdigest()
     cache = Path(config.out) / "cache" / key[:16]
     keys = [hashlib.sha256(b"text:" + text.encode()).hexdigest() for text in texts]
     words = embed(keys, texts, cache, str, lambda batch: torch.cat(
@@ -684,10 +723,14 @@ def evaluate(margins, truth, trained, taxonomy):
 
 
 # ---- 9. Runs: one folder per method, fraction and split ------------------------------------------
-def run_folder(config, settings, origin):
+def settings_of(config):
+    """The fields of a configuration that make another run."""
+    return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["named"]}
+
+def run_folder(config, origin):
     """<out>/<dataset>-<backbone>-<method>-<frac>-s<seed>, and every setting off its default."""
-    plain = Config(config.dataset, config.frac, config.method, seed=config.seed)
-    changed = [f"{name}={x}" for name, x in settings.items() if x != getattr(plain, name)]
+    plain = settings_of(Config(config.dataset, config.frac, config.method, seed=config.seed))
+    changed = [f"{name}={x}" for name, x in settings_of(config).items() if x != plain[name]]
     name = "-".join([Path(config.dataset).name, Path(origin["backbone"]).name, config.method,
                      f"{config.frac:g}", f"s{config.seed}", *changed])
     return Path(config.out) / "".join(c if c.isalnum() or c in ".,=_-" else "_" for c in name)
@@ -698,13 +741,13 @@ def run_once(config, data):
     A run whose config.json (settings, data.origin, rows) is the same to the byte is only read.
     """
     samples, generator = data.samples, torch.Generator().manual_seed(config.seed)
-    train, test = (np.flatnonzero(samples.split == part) for part in ("train", "test"))
+    train, test = (np.flatnonzero(samples.split == part)
+                   for part in ("train", "valid" if config.grid else "test"))
     truth = samples.sentence >= 0
     classes = at_level(truth, samples.taxonomy.klass)
     rows = train[stratified_subset(torch.cat([truth, classes], 1)[train], config.frac, generator)]
-    settings = {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["named"]}
-    folder = run_folder(config, settings, data.origin)
-    settings = json.dumps(settings | data.origin | {"train_rows": rows.tolist()}, indent=1)
+    folder, seen = run_folder(config, data.origin), {"train_rows": rows.tolist()}
+    settings = json.dumps(settings_of(config) | data.origin | seen, indent=1)
     if not ((stored := folder / "config.json").is_file() and stored.read_text() == settings):
         for missing in itertools.compress(samples.taxonomy.klass.names, ~classes[rows].any(0)):
             raise InputError(f"class {missing!r} has none of the {len(rows)} training images of "
@@ -726,11 +769,10 @@ def run_once(config, data):
 
 def write_run(samples, test, margins, settings, log, state, metrics, folder):
     """Write the five files of a run; margins (n, H) are those of the test images."""
-    names = np.array(samples.taxonomy.combination.names)
-    rows = [["image", "labels", *names]]
+    rows = [["image", "labels", *samples.taxonomy.combination.names]]
     for n, values in zip(test, margins.tolist(), strict=True):
-        shown = ";".join(names[samples.sentence[n].numpy() >= 0])
-        rows.append(["/".join(samples.images[n].parts[-2:]), shown, *map("{:.6g}".format, values)])
+        image = "/".join(samples.images[n].parts[-2:])
+        rows.append([image, samples.labels(n), *map("{:.6g}".format, values)])
     write_files(folder, {
         "config.json": settings, "scores.csv": rows,
         "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
@@ -739,12 +781,17 @@ def write_run(samples, test, margins, settings, log, state, metrics, folder):
               folder / "adapter.safetensors", {"config": settings})
 
 def write_files(folder, files):
-    """Write {name: text, or the rows of a CSV file} to a folder; None is an empty cell."""
-    for name, text in files.items():
-        if not isinstance(text, str):
-            csv.writer(table := io.StringIO(), lineterminator="\n").writerows(text)
-            text = table.getvalue()
-        replace_file(folder / name, functools.partial(Path.write_bytes, data=text.encode()))
+    """Write {name: text, picture, or the rows of a CSV file} to a folder; None is an empty cell."""
+    for name, content in files.items():
+        table, data = io.StringIO(), io.BytesIO()
+        if isinstance(content, Image.Image):
+            content.save(data, "PNG")
+        elif isinstance(content, str):
+            data.write(content.encode())
+        else:
+            csv.writer(table, lineterminator="\n").writerows(content)
+            data.write(table.getvalue().encode())
+        replace_file(folder / name, functools.partial(Path.write_bytes, data=data.getvalue()))
 
 
 # ---- 10. Tables and figure (Table 1, Fig. 2 and 3), as plain SVG ---------------------------------
@@ -772,23 +819,28 @@ def format_table(results, frac):
     lines.append(f"\nAt {frac * 100:g}% of the training images {best} leads in class-concept F1.")
     return "\n".join(lines).replace(" ±0.00", "      ").replace("nan ", "-   ")
 
-def write_report(folder, results, note, tables):
-    """results.csv (a line a run), report.md and figures/scores.svg of [(config, metrics)]."""
+def write_report(folder, results, data, tables):
+    """results.csv (a line a run), report.md and two figures of [(config, metrics)]."""
     name, columns = Path(results[0][0].dataset).name, list(itertools.product(LEVELS, SCORES))
     rows = [["method", "frac", "seed", "n_train", "n_test", *map("_".join, columns)]]
     rows += [[c.method, c.frac, c.seed, m["n_train"], m["n_test"], *(m[a][b] for a, b in columns)]
              for c, m in results]
-    words = [f"# Results on {name}", note, "![mean ±sd over splits](figures/scores.svg)", *tables]
+    files, words = {"figures/scores.svg": draw_scores(results)}, [
+        f"# Results on {name}", data.taxonomy.spec.get("note", ""),
+        "![mean ±sd over splits](figures/scores.svg)", *tables]
     ours = [m["per_task"].get("pigmentation") for c, m in results if c.method == "zeroshot"]
     if name == "derm7p" and any(ours):
         ours = " / ".join(f"{ours[0][level]['accuracy']:.2f}" for level in LEVELS)
         words.append(f"Table 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}.")
-    write_files(folder, {"results.csv": rows, "report.md": "\n\n".join(words) + "\n",
-                         "figures/scores.svg": draw_scores(results)})
+    if trained := [c for c, _ in results if c.method == "scale"]:
+        adapters = load_adapters(run_folder(trained[-1], data.origin))[1]
+        files["figures/texts.svg"] = draw_texts(data, adapters["text"])
+        words.append("![t-SNE of the text embeddings before and after](figures/texts.svg)")
+    write_files(folder, files | {"results.csv": rows, "report.md": "\n\n".join(words) + "\n"})
 
-def draw_series(i, points, title):
+def draw_series(i, points, title, joined=True):
     """Series i: a line through points (x, y, error), their marks; title shows on hover."""
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points if joined)
     marks = "".join(f"M{x:.1f} {y - error:.1f}v{2 * error:.1f}m0 {-error:.1f}{SHAPES[i % 4]}"
                     for x, y, error in points)
     return (f'<g stroke="{OKABE_ITO[i % 9]}" fill="{(OKABE_ITO[i % 9], "#fff")[i // 4 % 2]}">'
@@ -820,6 +872,100 @@ def draw_scores(results):
         parts.append("</g>")
     return SVG.format("\n".join(parts))
 
+def tsne(x, perplexity, generator, starts=20):
+    """Exact t-SNE (van der Maaten and Hinton, 2008) of x (N, D): map (N, 2), its KL divergence.
+
+    The best of several random starts, which descend at once by 750 steps.
+    """
+    squared = torch.cdist(x.double(), x.double()).square().fill_diagonal_(math.inf)
+    low, high = squared.new_tensor([[[-50.]], [[50.]]]).expand(2, len(x), 1)
+    for _ in range(60):  # bisect the logarithm of each row's precision
+        middle = (low + high) / 2
+        p = (-middle.exp() * squared).softmax(1)
+        broad = torch.special.entr(p).sum(1, keepdim=True) > math.log(perplexity)
+        low, high = middle.where(broad, low), high.where(broad, middle)
+    p = ((p + p.T) / (2 * len(x))).clamp(min=1e-12)
+    y = 1e-4 * torch.randn(starts, len(x), 2, generator=generator, dtype=p.dtype)
+    velocity, gains = torch.zeros_like(y), torch.ones_like(y)
+    for step in range(750):
+        near = (1 + torch.cdist(y, y).square()).reciprocal()
+        near.diagonal(dim1=1, dim2=2).zero_()
+        q = (near / near.sum((1, 2), keepdim=True)).clamp(min=1e-12)
+        pull = ((12 if step < 250 else 1) * p - q) * near
+        slope = 4 * (pull.sum(2, keepdim=True) * y - pull @ y)
+        gains = torch.where(slope * velocity < 0, gains + 0.2, gains * 0.8).clamp(min=0.01)
+        velocity = (0.5 if step < 250 else 0.8) * velocity - max(len(x) / 48, 50) * gains * slope
+        y = y + velocity
+    divergence, best = (p * (p / q).log()).sum((1, 2)).min(0)
+    return y[best], divergence.item()
+
+def draw_texts(data, read):
+    """SVG like Fig. 4: t-SNE of texts before and after the adapter `read`, a mark for each.
+
+    The texts are the prompts, or the first 300 sentences, by the last combination that each says.
+    """
+    taxonomy, says = data.samples.taxonomy, {h: h for h in range(len(data.texts) - 1)}
+    if len(data.sentences):
+        shown = data.sentence.cpu() >= 0
+        says = zip(data.sentence[shown].tolist(), shown.nonzero()[:, 1].tolist(), strict=True)
+        says = dict(itertools.islice(dict(says).items(), 300))
+    texts = (data.sentences if len(data.sentences) else data.texts).cpu()[[*says]]
+    h, klass, parts = torch.tensor([*says.values()]), taxonomy.klass, []
+    for panel, (title, x) in enumerate((("before", texts), ("after", read(texts)))):
+        y, divergence = tsne(x, min(30, (len(x) - 1) / 3), torch.Generator().manual_seed(0))
+        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * torch.tensor([500, 700])
+        parts.append(f'<g transform="translate({30 + 670 * panel} 50)" font-size="11">'
+                     '<path fill="none" stroke="#bbb" d="M-15-15h645v735h-645z"/>')
+        parts.append(TEXT.format(-10, -25, f"{title} training; KL divergence {divergence:.2f}"))
+        for k, name in enumerate(klass.names):
+            t = klass.own[:, k].int().argmax().item()
+            c = klass.own[t, :k].sum().item()
+            t = t if len(taxonomy.tasks) > 1 else c
+            points = [(*at, 0) for at in y[(h[:, None] == klass.members[k]).any(1)].tolist()]
+            parts.append(draw_series(64 * t + 9 * c, points, name, False))  # colour t, shape c
+        for k in h.unique():  # a name at the first of its texts
+            at = y[(h == k).int().argmax()] + torch.tensor([8, 4])
+            parts.append(TEXT.format(*at, taxonomy.combination.names[k]))
+        parts.append("</g>")
+    return SVG.format("\n".join(parts))
+
+def as_picture(pixels):
+    """PIL image of what a tower sees: pixels (3, H, W) of any range."""
+    x = (pixels - pixels.amin()) / (pixels.amax() - pixels.amin()).clamp(min=1e-9)
+    return Image.fromarray((255 * x).round().byte().permute(1, 2, 0).numpy())
+
+def draw_card(pixels, maps, reasons):
+    """PIL image of a prediction: what was seen, and by task its classes, deciding combinations
+    and where the first of them is similar: maps (L, T), L patches."""
+    seen, side = as_picture(pixels), int(len(maps) ** 0.5)
+    card = Image.new("RGB", (1000, max(400, 130 * len(reasons) + 10)), "#fff")
+    pen = ImageDraw.Draw(card)
+    large, small = map(ImageFont.load_default, (17, 14))
+    card.paste(seen.resize((380, 380), 3), (10, 10))
+    for y, (task, x), heat in zip(itertools.count(10, 130), reasons.items(), maps.T):
+        heat = as_picture(heat.view(1, side, side).expand(3, -1, -1)).resize((120, 120), 3)
+        card.paste(seen.resize((120, 120), 3), (400, y))
+        card.paste(OKABE_ITO[1], (400, y), heat.convert("L").point(lambda v: 0.7 * v))
+        classes = ", ".join(f"{name} {share:.2f}" for name, share in x["classes"].items())
+        pen.text((535, y), f"{task}: {classes}", "#222", large)
+        for row, (name, v) in enumerate(x["decided_by"].items()):
+            top, cosine = y + 30 + 42 * row, v["similarity"]
+            pen.text((535, top), f"{name}, similarity {cosine:.2f}", "#222", small)
+            pen.rectangle((535, top + 20, 985, top + 30), "#ddd")  # from -1 to 1
+            ends = sorted((760, 760 + 225 * cosine))
+            pen.rectangle((ends[0], top + 20, ends[1], top + 30), OKABE_ITO[0])
+    return card
+
+def draw_sheet(rows):
+    """PIL image of rows (rank, path, similarity, labels) from the left, six in a line."""
+    sheet = Image.new("RGB", (6 * 170, math.ceil(len(rows) / 6) * 190), "#fff")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for n, (rank, path, similarity, _) in enumerate(rows):
+        x, y = n % 6 * 170 + 5, n // 6 * 190 + 5
+        sheet.paste(ImageOps.contain(open_image(path).convert("RGB"), (160, 160)), (x, y))
+        pen.text((x, y + 162), f"{rank}. {similarity}", "#222", font)
+    return sheet
+
 
 # ---- 11. Commands: predictions with reasons, by a finished run; comparisons, by all methods ------
 def explain(cosines, taxonomy, logit_scale):
@@ -837,29 +983,61 @@ def explain(cosines, taxonomy, logit_scale):
                 "two_prompt_probability": round(margins[h].sigmoid().item(), 4)}
                 for h in z.where(own, -math.inf).topk(min(2, own.sum())).indices}}
 
-def predict(config):
-    """Print, and write to <out>/predictions.json, the classes of images and what decided them."""
-    folder = Path(config.run)
+def load_adapters(folder):
+    """config.json of a finished run of `scale` as a dict, and its two adapters, frozen."""
     with reading(folder, "name the folder of a finished run of --method scale in --run"):
         stored = json.loads((folder / "config.json").read_text())
-        taxonomy = make_taxonomy(stored["taxonomy"])
         state = load_file(folder / "adapter.safetensors")
         adapters = nn.ModuleDict({branch: Adapter(*state[f"{branch}.up.weight"].shape, 0.5)
-                                  for branch in ("image", "text")})
-        adapters.requires_grad_(False).load_state_dict(state)
-        images, texts, backbone, checkpoint = embed_both(
-            [(path, 0) for path in config.predict], stored["prompts"], stored["backbone"], config)
-        if checkpoint != stored["checkpoint_sha256"]:
-            raise InputError(f"{backbone.path} is not what {folder} was trained on: train again.")
-    cosines = adapters["image"](images) @ adapters["text"](texts).T  # (N, H + 1)
+                                  for branch in ("image", "text")}).requires_grad_(False)
+        adapters.load_state_dict(state)
+    return stored, adapters
+
+def embed_adapted(config, paths, texts=()):
+    """By the run in --run: what it stored, its image adapter, adapted features (N, D) of images
+    and (H + 1 + S, D) of its own prompts and S texts, its backbone. InputError if that changed."""
+    stored, adapters = load_adapters(Path(config.run))
+    images, words, backbone, checkpoint = embed_both(
+        [(path, 0) for path in paths], [*stored["prompts"], *texts], stored["backbone"], config)
+    if checkpoint != stored["checkpoint_sha256"]:
+        raise InputError(f"{backbone.path} is not what {config.run} was trained on: train again.")
+    return stored, adapters["image"], adapters["image"](images), adapters["text"](words), backbone
+
+def predict(config):
+    """Print, and write to <out>/predictions.json, the classes of images and what decided them."""
+    stored, look, images, texts, backbone = embed_adapted(config, config.predict)
+    taxonomy, files = make_taxonomy(stored["taxonomy"]), {}
     results = {path: dict(explain(z, taxonomy, backbone.logit_scale))
-               for path, z in zip(config.predict, cosines, strict=True)}
-    for path, reasons in results.items():
+               for path, z in zip(config.predict, images @ texts.T, strict=True)}
+    for n, (path, reasons) in enumerate(results.items()):
         for task, x in reasons.items():
             classes = ", ".join(f"{k} {v:.2f}" for k, v in x["classes"].items())
             why = ", then ".join(f"{k} {v['similarity']:.2f}" for k, v in x["decided_by"].items())
             print(f"{path} {task}: {classes}; similar to {why}")
-    write_files(Path(config.out), {"predictions.json": json.dumps(results, indent=1) + "\n"})
+        if config.card:
+            pixels = backbone.preprocess(open_image(path))[None].to(backbone.word_table)
+            patches = backbone.image_tower(backbone.tensors, pixels, True)[0].float().cpu()
+            decided = [taxonomy.combination.names.index(next(iter(x["decided_by"])))
+                       for x in reasons.values()]
+            maps = look(F.normalize(patches)) @ texts[decided].T  # (L, T)
+            card = draw_card(pixels[0].float().cpu(), maps, reasons)
+            files[f"cards/{n}-{Path(path).stem}.png"] = card
+    text = json.dumps(results, indent=1) + "\n"
+    write_files(Path(config.out), files | {"predictions.json": text})
+
+def retrieve(config):
+    """Rank a prepared folder's images by adapted similarity to a text, an image or the mean of
+    both: <out>/retrieved.csv, and the first 24 on a contact sheet, <out>/retrieved.png."""
+    samples, texts = read_samples(find_folder(config)), [config.retrieve] * bool(config.retrieve)
+    paths = samples.images + [config.retrieve_image] * bool(config.retrieve_image)
+    stored, _, images, words, _ = embed_adapted(config, paths, texts)
+    asked = torch.cat([words[len(stored["prompts"]):], images[len(samples.images):]]).mean(0)
+    similarity, order = (images[:len(samples.images)] @ asked).sort(descending=True, stable=True)
+    rows = [[rank, samples.images[n], f"{x:.4f}", samples.labels(n)]
+            for rank, (x, n) in enumerate(zip(similarity.tolist(), order.tolist(), strict=True), 1)]
+    print(*(f"{rank}. {path} {x}: {labels}" for rank, path, x, labels in rows[:5]), sep="\n")
+    write_files(Path(config.out), {"retrieved.png": draw_sheet(rows[:24]), "retrieved.csv": [
+        ["rank", "image", "similarity", "labels"], *rows]})
 
 def embed_dataset(config):
     """Everything that all runs share: Embedded, on the device."""
@@ -868,20 +1046,46 @@ def embed_dataset(config):
     name = config.backbone or spec.get("backbone") or "monet"
     prompts = [c["prompt"] for task in spec["tasks"] for c in task["combinations"]]
     prompts.append(config.negative_prompt or spec.get("negative_prompt", "No finding."))
-    count = config.views or (8 if samples.texts else 1)
+    noisy = functools.partial(add_noise, share=config.text_noise, rng=np.random.default_rng(0))
+    prompts[:-1], texts = map(noisy, prompts[:-1]), [*map(noisy, samples.texts)]
+    count = config.views or (8 if texts else 1)
     views = [(path, view if part == "train" else 0) for path, part in
              zip(samples.images, samples.split, strict=True) for view in range(count)]
-    images, texts, backbone, checkpoint = embed_both(views, prompts + samples.texts, name, config)
-    content = [np.asarray(x) for x in (images, texts, samples.sentence, samples.split)]
+    images, words, backbone, checkpoint = embed_both(views, prompts + texts, name, config)
+    content = [np.asarray(x) for x in (images, words, samples.sentence, samples.split)]
     content += [(HERE / file).read_bytes() for file in ("scale.py", "kernels/supcon.py")]
     with backbone.word_table.device as device:
         taxonomy = make_taxonomy(spec)
     origin = {"backbone": name, "checkpoint_sha256": checkpoint, "prompts": prompts,
               "data_and_code_sha256": hashlib.sha256(b"".join(content)).hexdigest(),
               "taxonomy": spec, "device": str(device), "torch": torch.__version__}
-    tensors = images.unflatten(0, (-1, count)), texts[:len(prompts)], texts[len(prompts):]
+    tensors = images.unflatten(0, (-1, count)), words[:len(prompts)], words[len(prompts):]
     return Embedded(samples, taxonomy, *(x.to(device) for x in (*tensors, samples.sentence)),
                     backbone.logit_scale, origin, functools.partial(load_backbone, name, device))
+
+def run_all(jobs, given):
+    """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
+    first, step = ranks()
+    mine = jobs[first::step], given[first::step]
+    # Choice: on a CPU a process a core; on small matrices a second thread is slower.
+    with ProcessPoolExecutor(min(32, os.cpu_count()), None, torch.set_num_threads, (1,)) as pool:
+        results = (pool.map if given[0].images.is_cpu else map)(run_once, *mine)
+        parts = pooled([*progress(results, len(mine[0]), "run")])
+    return [(job, parts[n % step][n // step]) for n, job in enumerate(jobs)]
+
+def search(config, data, splits):
+    """Rank all weights out of 0, .1, 1 of Eq. 3 by class-concept F1 on the validation split."""
+    if not (data.samples.split == "valid").any():
+        raise InputError(f"--grid: {config.dataset} has no images of split valid in samples.csv.")
+    jobs = [replace(config, method="scale", lambdas=",".join(weights), seed=config.seed + split)
+            for weights in itertools.product(("1", ".1", "0"), repeat=4)
+            for split in range(splits)]
+    f1 = {}
+    for job, metrics in run_all(jobs, [data] * len(jobs)):
+        f1.setdefault(job.lambdas, []).append(metrics["class_concept"]["f1"])
+    best = sorted(f1, key=lambda weights: -np.mean(f1[weights]))
+    print(*(f"--lambdas {weights}  class-concept F1 {np.mean(f1[weights]):.3f} on valid"
+            for weights in best[:5]), sep="\n")
 
 def compare(config):
     """All methods on all splits of one fraction, or of all; prints the tables."""
@@ -891,24 +1095,25 @@ def compare(config):
     for name in set(names) - METHODS.keys():
         raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
     data = embed_dataset(config)
+    if config.grid:
+        return search(config, data, config.splits or (1 if config.frac == 1 else 5))
     other = embed_dataset(replace(config, backbone="clip")) if clip in names else data
     fractions = (.05, .1, .25, .5, 1.) if config.sweep else (config.frac,)
     jobs = [replace(config, method=name, frac=frac, seed=config.seed + split) for frac in fractions
             for name in names for split in range(config.splits or (1 if frac == 1 else 5))]
-    given = [other if job.method == clip else data for job in jobs]
-    with ProcessPoolExecutor(min(32, os.cpu_count()), None, torch.set_num_threads, (1,)) as pool:
-        # Choice: on a CPU a process a core; on small matrices a second thread is slower.
-        results = (pool.map if data.images.is_cpu else map)(run_once, jobs, given)
-        runs = list(zip(jobs, progress(results, len(jobs), "run"), strict=True))
+    runs = run_all(jobs, [other if job.method == clip else data for job in jobs])
     note = data.taxonomy.spec.get("note", "")
     tables = [format_table(runs, frac) for frac in fractions]
     print(f"\n{config.dataset}: {note}", *tables, sep="\n\n")
     if config.sweep:
-        write_report(Path(config.out) / f"report-{Path(config.dataset).name}", runs, note, tables)
+        write_report(Path(config.out) / f"report-{Path(config.dataset).name}", runs, data, tables)
 
 def guarded(script, action):
     """Exit code of action(): 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""
     try:
+        if "RANK" in os.environ and not dist.is_initialized():  # by torchrun
+            dist.init_process_group("gloo")
+            sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
         action()
     except (InputError, OSError) as error:
         print(f"{script}: {error}", file=sys.stderr)

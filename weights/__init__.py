@@ -99,9 +99,9 @@ class Backbone:
     """A frozen encoder, without what its family adds: tensors, settings, towers, tokenizer."""
     word_table = property(lambda self: self.tensors[self.words])  # (V, W)
 
-    def to(self, device):
-        """Itself, with its tensors on `device`."""
-        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+    def to(self, device, dtype=torch.float32):
+        """Itself, with its tensors on `device`, of type `dtype`."""
+        self.tensors = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
         return self
 
     def describe(self):
@@ -127,7 +127,9 @@ class Backbone:
     @torch.no_grad()
     def encode(self, tower, *inputs):
         """(N, D) of a tower; InputError if a weight's NaN or infinity has reached them."""
-        x = tower(self.tensors, *(x.to(self.word_table.device) for x in inputs))
+        table = self.word_table
+        x = tower(self.tensors, *(x.to(table if x.is_floating_point() else table.device)
+                                  for x in inputs)).float()
         if not torch.isfinite(x).all():
             with reading(self.path):
                 raise ValueError("its weights give embeddings with NaN or infinity")
