@@ -46,9 +46,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from kernels.supcon import product_supcon_loss
@@ -58,7 +58,6 @@ from weights.medclip import MedCLIP, is_medclip
 
 HERE = Path(__file__).resolve().parent
 LEVELS, SCORES = ("class", "class_concept"), ("accuracy", "recall", "f1", "auc", "auc_pair")
-
 
 # ---- 1. Settings: every flag, its default, its meaning, the paper's section ----------------------
 def flag(value, text, named=True, fits=None):
@@ -107,8 +106,8 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="scale.py", description=__doc__.split("\n\n")[0])
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config)}
     for name, f in flags.items():
-        kind = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}.get(f.type, {"type": f.type})
-        kind |= {"nargs": "?", "const": 1.0} if f.name == "shuffle_labels" else {}
+        kind = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}, float: {
+            "type": float, "nargs": "?", "const": 1.0}}.get(f.type, {"type": f.type})
         parser.add_argument(name, default=f.default, help=f.metadata["help"], **kind)
     config = Config(**vars(parser.parse_args(argv)))
     for name, f in flags.items():
@@ -117,10 +116,8 @@ def parse(argv):
             raise InputError(f"{name} {value} must match {fits}.")
         if isinstance(fits, tuple) and not fits[0] < value <= fits[1]:
             raise InputError(f"{name} {value} must be above {fits[0]:g}, at most {fits[1]:g}.")
-    asked = {"predict": config.predict, "retrieve": config.retrieve or config.retrieve_image}
-    command = next(itertools.compress((predict, retrieve), asked.values()), compare)
-    return functools.partial(command, config)
-
+    other = retrieve if config.retrieve or config.retrieve_image else compare
+    return functools.partial(predict if config.predict else other, config)
 
 # ---- 2. A prepared folder: taxonomy.json and samples.csv (README, Data) --------------------------
 @dataclass(frozen=True)
@@ -172,10 +169,10 @@ class Samples:
     sentence: torch.Tensor  # (N, H) number of the text that says h of the image; -1: not shown
     texts: list             # S report sentences, none where prompts come from the taxonomy
 
-    def labels(self, n):
-        """Names of what image n shows, as samples.csv has them."""
+    def name(self, n):
+        """The path of image n from its folder on, and the combinations that it shows."""
         shown = itertools.compress(self.taxonomy.combination.names, self.sentence[n] >= 0)
-        return ";".join(shown)
+        return "/".join(self.images[n].parts[-2:]), ";".join(shown)
 
 def find_folder(config):
     """The prepared folder of a data set; `demo` is drawn when it is missing."""
@@ -234,7 +231,6 @@ def at_level(values, level):
     """Maximum of each column's combinations: (N, H) -> (N, K); of a truth table: any."""
     return values[:, level.members].amax(-1)
 
-
 # ---- 3. Stratified subsets for --frac (Sec. 2.3) -------------------------------------------------
 def stratified_subset(truth, fraction, generator):
     """Iterative stratification (Sechidis et al. 2011): round(fraction * N) sorted row numbers.
@@ -256,7 +252,6 @@ def stratified_subset(truth, fraction, generator):
             room[side] -= 1
     return np.flatnonzero(chosen == 0)
 
-
 # ---- 4. Frozen embeddings, computed once, cached by content --------------------------------------
 def load_backbone(name_or_folder, device="cpu", dtype=torch.float32):
     """Frozen encoder of weights/<name>/ or a folder, a `weights.Backbone`; InputError if unfit."""
@@ -274,16 +269,14 @@ def progress(items, total, label):
             line = f"{label} {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left"
             sys.stderr.write(line.ljust(79 * live) + ("\r" if live and done < total else "\n"))
 
-def ranks():
-    """Number of this process of torchrun, and how many there are; 0 and 1 without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def share(items):
+    """Those of a list that this process of torchrun is to do; all of them without torchrun."""
+    return items[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
 
-def pooled(part):
-    """[part of each process of torchrun, in their order]."""
-    parts = [part] * ranks()[1]
-    if len(parts) > 1:
-        dist.all_gather_object(parts, part)
-    return parts
+def meet():
+    """Wait for the other processes of torchrun; they share --out and --data."""
+    if dist.is_initialized():
+        dist.barrier()
 
 def replace_file(path, write):
     """Call write(temporary path), then rename: a file or folder under its final name is whole."""
@@ -295,6 +288,18 @@ def replace_file(path, write):
     shutil.rmtree(path, ignore_errors=True)  # a folder; a file is replaced as it stands
     with contextlib.suppress(OSError if path.is_dir() else ()):  # another process was as fast
         os.replace(unfinished, path)
+
+def write_files(folder, files):
+    """Write {name: text, bytes, picture or rows of a CSV file} to a folder; None: empty cell."""
+    for name, data in files.items():
+        if isinstance(data, Image.Image):
+            data.save(buffer := io.BytesIO(), "PNG")
+            data = buffer.getvalue()
+        if isinstance(data, list):
+            csv.writer(table := io.StringIO(), lineterminator="\n").writerows(data)
+            data = table.getvalue()
+        data = data.encode() if isinstance(data, str) else data
+        replace_file(folder / name, functools.partial(Path.write_bytes, data=data))
 
 def open_image(path):
     """Decode an image completely; InputError names a missing, truncated or foreign file."""
@@ -333,18 +338,22 @@ def digest_file(path):
     with reading(path, "restore it, or leave it out (of samples.csv)"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+def read_cache(folder):
+    """Key -> feature (D,) of all that a folder holds."""
+    cache = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError):  # damaged: computed again
+            cache |= load_file(path)
+    return cache
+
 def embed(keys, items, folder, load, encode):
     """Unit features (N, D) of N items; a key, a hash of the content, names each in the cache.
 
     folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit.
     """
-    cache, items = {}, dict(zip(keys, items, strict=True))
-    for path in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(SafetensorError):  # damaged: computed again
-            cache |= load_file(path)
-    batches = [list(items)[i:i + 32] for i in range(0, len(items), 32)]
-    first, step = ranks()  # each process of torchrun takes its share
-    todo = [batch for batch in batches[first::step] if not cache.keys() >= set(batch)]
+    cache, items = read_cache(folder), dict(zip(keys, items, strict=True))
+    batches = share([list(items)[i:i + 32] for i in range(0, len(items), 32)])
+    todo = [batch for batch in batches if not cache.keys() >= set(batch)]
     with ThreadPoolExecutor(4) as pool:  # pairwise: the next is loaded while one is encoded
         loaded = itertools.pairwise(pool.map(load, map(items.get, batch)) for batch in [*todo, []])
         steps = progress(zip(todo, loaded, strict=True), len(todo), "embedding, batches of 32:")
@@ -352,17 +361,10 @@ def embed(keys, items, folder, load, encode):
             features = zip(batch, F.normalize(encode([*ready]).cpu(), dim=-1), strict=True)
             new = {key: feature for key, feature in features if key not in cache}
             name = hashlib.sha256("".join(new).encode()).hexdigest() + ".safetensors"
-            replace_file(folder / name, functools.partial(save_file, new))
-            cache |= new
-    cache |= {key: part[key] for part in pooled(cache) for key in part}
+            write_files(folder, {name: save(new)})
+    meet()
+    cache = read_cache(folder)
     return torch.stack([cache[key] for key in keys])
-
-def embed_images(backbone, pictures, folder):
-    """Unit features (N, D) of N pictures (path, view), from the cache in `folder` or computed."""
-    digest = functools.cache(digest_file)  # once for all views
-    return embed([f"{digest(path)}.{view}" for path, view in pictures], pictures, folder,
-                 lambda picture: backbone.preprocess(augment(open_image(picture[0]), picture[1])),
-                 lambda pixels: backbone.encode_image(torch.stack(pixels)))
 
 def embed_both(pictures, texts, name, config):
     """Unit features of pictures and texts by backbone `name`, it, and its checkpoint's sha256."""
@@ -377,8 +379,11 @@ def embed_both(pictures, texts, name, config):
     keys = [hashlib.sha256(b"text:" + text.encode()).hexdigest() for text in texts]
     words = embed(keys, texts, cache, str, lambda batch: torch.cat(
         [backbone.encode_text([text]) for text in batch]))  # alone: none depends on another
-    return embed_images(backbone, pictures, cache), words, backbone, checkpoint
-
+    digest = functools.cache(digest_file)  # once for all views
+    images = embed([f"{digest(path)}.{view}" for path, view in pictures], pictures, cache,
+                   lambda picture: backbone.preprocess(augment(open_image(picture[0]), picture[1])),
+                   lambda pixels: backbone.encode_image(torch.stack(pixels)))
+    return images, words, backbone, checkpoint
 
 # ---- 5. Adapters (Sec. 2.1, Eq. 1) ---------------------------------------------------------------
 class Adapter(nn.Module):
@@ -397,7 +402,6 @@ class Adapter(nn.Module):
         """Unit features (N, D) -> adapted unit features (N, D)."""
         adapted = self.up(F.relu(self.down(features)))
         return F.normalize(torch.lerp(features, adapted, self.alpha_logit.sigmoid()), dim=-1)
-
 
 # ---- 6. The objective (Sec. 2.2, Eq. 2 and 3) ----------------------------------------------------
 def positive_weight(truth):
@@ -457,7 +461,6 @@ def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs
     terms["rows"] = supcon_of_rows(a, b, members, temperature, unit)  # Choice: a term per task
     terms["columns"] = supcon_of_rows(b, a, members, temperature, unit)
     return sum(w * term for w, term in zip((1, *lambdas), terms.values(), strict=True)), terms
-
 
 # ---- 7. Methods: fit(data, rows, config, generator, log) -> (margins_of(rows), state) ------------
 @dataclass(frozen=True)
@@ -674,7 +677,6 @@ METHODS = {"clip-zeroshot": fit_zeroshot, "zeroshot": fit_zeroshot, "linear": fi
            "linear-weighted": fit_linear, "linear-zs": fit_linear, "linear-lbfgs": fit_lbfgs,
            "coop": fit_coop, "lora": fit_lora, "hica": fit_hica, "scale": fit_scale}
 
-
 # ---- 8. Metrics (Sec. 2.3.2) ---------------------------------------------------------------------
 def area_under_curve(score, truth):
     """(K,) areas under the ROC curves of score, truth (N, K), a tie is half; nan if undefined."""
@@ -721,7 +723,6 @@ def evaluate(margins, truth, trained, taxonomy):
             "support": {name: {"train": trained.sum(0)[h].item(), "test": truth.sum(0)[h].item()}
                         for h, name in enumerate(taxonomy.combination.names)}}
 
-
 # ---- 9. Runs: one folder per method, fraction and split ------------------------------------------
 def settings_of(config):
     """The fields of a configuration that make another run."""
@@ -763,35 +764,15 @@ def run_once(config, data):
         if not margins.isfinite().all():
             raise InputError(f"{folder.name}: training diverged; lower --lr.")
         metrics = evaluate(margins, truth[test], truth[rows], samples.taxonomy)
-        replace_file(folder, functools.partial(
-            write_run, samples, test, margins, settings, log, state, metrics))
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        scores = [[*samples.name(n), *map("{:.6g}".format, values)]
+                  for n, values in zip(test, margins.tolist(), strict=True)]
+        replace_file(folder, functools.partial(write_files, files={
+            "config.json": settings, "adapter.safetensors": save(state, {"config": settings}),
+            "scores.csv": [["image", "labels", *samples.taxonomy.combination.names], *scores],
+            "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
+            "metrics.json": json.dumps(metrics, indent=1).replace("NaN", "null") + "\n"}))
     return json.loads((folder / "metrics.json").read_text())
-
-def write_run(samples, test, margins, settings, log, state, metrics, folder):
-    """Write the five files of a run; margins (n, H) are those of the test images."""
-    rows = [["image", "labels", *samples.taxonomy.combination.names]]
-    for n, values in zip(test, margins.tolist(), strict=True):
-        image = "/".join(samples.images[n].parts[-2:])
-        rows.append([image, samples.labels(n), *map("{:.6g}".format, values)])
-    write_files(folder, {
-        "config.json": settings, "scores.csv": rows,
-        "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
-        "metrics.json": json.dumps(metrics, indent=1).replace("NaN", "null") + "\n"})
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
-              folder / "adapter.safetensors", {"config": settings})
-
-def write_files(folder, files):
-    """Write {name: text, picture, or the rows of a CSV file} to a folder; None is an empty cell."""
-    for name, content in files.items():
-        table, data = io.StringIO(), io.BytesIO()
-        if isinstance(content, Image.Image):
-            content.save(data, "PNG")
-        elif isinstance(content, str):
-            data.write(content.encode())
-        else:
-            csv.writer(table, lineterminator="\n").writerows(content)
-            data.write(table.getvalue().encode())
-        replace_file(folder / name, functools.partial(Path.write_bytes, data=data.getvalue()))
 
 
 # ---- 10. Tables and figure (Table 1, Fig. 2 and 3), as plain SVG ---------------------------------
@@ -838,9 +819,9 @@ def write_report(folder, results, data, tables):
         words.append("![t-SNE of the text embeddings before and after](figures/texts.svg)")
     write_files(folder, files | {"results.csv": rows, "report.md": "\n\n".join(words) + "\n"})
 
-def draw_series(i, points, title, joined=True):
+def draw_series(i, points, title):
     """Series i: a line through points (x, y, error), their marks; title shows on hover."""
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points if joined)
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in points)
     marks = "".join(f"M{x:.1f} {y - error:.1f}v{2 * error:.1f}m0 {-error:.1f}{SHAPES[i % 4]}"
                     for x, y, error in points)
     return (f'<g stroke="{OKABE_ITO[i % 9]}" fill="{(OKABE_ITO[i % 9], "#fff")[i // 4 % 2]}">'
@@ -900,32 +881,28 @@ def tsne(x, perplexity, generator, starts=20):
     return y[best], divergence.item()
 
 def draw_texts(data, read):
-    """SVG like Fig. 4: t-SNE of texts before and after the adapter `read`, a mark for each.
+    """SVG like Fig. 4: t-SNE of texts before and after the adapter `read`.
 
-    The texts are the prompts, or the first 300 sentences, by the last combination that each says.
+    The texts are the prompts, or 300 sentences. Colour: the task, of one task the class; shape: the
+    class. Each combination is named once.
     """
-    taxonomy, says = data.samples.taxonomy, {h: h for h in range(len(data.texts) - 1)}
+    taxonomy, texts, parts = data.samples.taxonomy, data.texts[:-1].cpu(), []
+    h = torch.arange(len(texts))
     if len(data.sentences):
-        shown = data.sentence.cpu() >= 0
-        says = zip(data.sentence[shown].tolist(), shown.nonzero()[:, 1].tolist(), strict=True)
-        says = dict(itertools.islice(dict(says).items(), 300))
-    texts = (data.sentences if len(data.sentences) else data.texts).cpu()[[*says]]
-    h, klass, parts = torch.tensor([*says.values()]), taxonomy.klass, []
-    for panel, (title, x) in enumerate((("before", texts), ("after", read(texts)))):
-        y, divergence = tsne(x, min(30, (len(x) - 1) / 3), torch.Generator().manual_seed(0))
-        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * torch.tensor([500, 700])
-        parts.append(f'<g transform="translate({30 + 670 * panel} 50)" font-size="11">'
-                     '<path fill="none" stroke="#bbb" d="M-15-15h645v735h-645z"/>')
-        parts.append(TEXT.format(-10, -25, f"{title} training; KL divergence {divergence:.2f}"))
-        for k, name in enumerate(klass.names):
-            t = klass.own[:, k].int().argmax().item()
-            c = klass.own[t, :k].sum().item()
-            t = t if len(taxonomy.tasks) > 1 else c
-            points = [(*at, 0) for at in y[(h[:, None] == klass.members[k]).any(1)].tolist()]
-            parts.append(draw_series(64 * t + 9 * c, points, name, False))  # colour t, shape c
-        for k in h.unique():  # a name at the first of its texts
-            at = y[(h == k).int().argmax()] + torch.tensor([8, 4])
-            parts.append(TEXT.format(*at, taxonomy.combination.names[k]))
+        image, h = (data.samples.sentence >= 0).nonzero()[:300].T
+        texts = data.sentences.cpu()[data.samples.sentence[image, h]]
+    for panel, (title, x) in enumerate({"before": texts, "after": read(texts)}.items()):
+        y, divergence = tsne(x, max(1, min(30, len(x) / 3 - 1)), torch.Generator().manual_seed(0))
+        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * torch.tensor([470, 700])
+        parts += [f'<g transform="translate({30 + 670 * panel} 50)" font-size="11">'
+                  '<path fill="none" stroke="#bbb" d="M-15-15h645v735h-645z"/>',
+                  TEXT.format(-10, -25, f"{title} training; KL divergence {divergence:.2f}")]
+        columns = ((t, task["classes"].index(c["class"]), c["name"])
+                   for t, task in enumerate(taxonomy.tasks) for c in task["combinations"])
+        for k, (t, c, name) in enumerate(columns):
+            i = 64 * (t if len(taxonomy.tasks) > 1 else c) + 9 * c  # is t modulo 9, c modulo 8
+            parts += [draw_series(i, [(*at, 0)], name) for at in y[h == k].tolist()]
+            parts += [TEXT.format(*at, name) for at in (y[h == k] + 6).tolist()[:1]]
         parts.append("</g>")
     return SVG.format("\n".join(parts))
 
@@ -940,32 +917,29 @@ def draw_card(pixels, maps, reasons):
     seen, side = as_picture(pixels), int(len(maps) ** 0.5)
     card = Image.new("RGB", (1000, max(400, 130 * len(reasons) + 10)), "#fff")
     pen = ImageDraw.Draw(card)
-    large, small = map(ImageFont.load_default, (17, 14))
     card.paste(seen.resize((380, 380), 3), (10, 10))
     for y, (task, x), heat in zip(itertools.count(10, 130), reasons.items(), maps.T):
         heat = as_picture(heat.view(1, side, side).expand(3, -1, -1)).resize((120, 120), 3)
         card.paste(seen.resize((120, 120), 3), (400, y))
         card.paste(OKABE_ITO[1], (400, y), heat.convert("L").point(lambda v: 0.7 * v))
         classes = ", ".join(f"{name} {share:.2f}" for name, share in x["classes"].items())
-        pen.text((535, y), f"{task}: {classes}", "#222", large)
+        pen.text((535, y), f"{task}: {classes}", "#222", font_size=17)
         for row, (name, v) in enumerate(x["decided_by"].items()):
             top, cosine = y + 30 + 42 * row, v["similarity"]
-            pen.text((535, top), f"{name}, similarity {cosine:.2f}", "#222", small)
+            pen.text((535, top), f"{name}, similarity {cosine:.2f}", "#222", font_size=14)
             pen.rectangle((535, top + 20, 985, top + 30), "#ddd")  # from -1 to 1
             ends = sorted((760, 760 + 225 * cosine))
             pen.rectangle((ends[0], top + 20, ends[1], top + 30), OKABE_ITO[0])
     return card
 
 def draw_sheet(rows):
-    """PIL image of rows (rank, path, similarity, labels) from the left, six in a line."""
-    sheet = Image.new("RGB", (6 * 170, math.ceil(len(rows) / 6) * 190), "#fff")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for n, (rank, path, similarity, _) in enumerate(rows):
-        x, y = n % 6 * 170 + 5, n // 6 * 190 + 5
-        sheet.paste(ImageOps.contain(open_image(path).convert("RGB"), (160, 160)), (x, y))
-        pen.text((x, y + 162), f"{rank}. {similarity}", "#222", font)
+    """PIL image of rows (rank, path, similarity, ...), six in a line."""
+    sheet = Image.new("RGB", (1020, math.ceil(len(rows) / 6) * 190), "#fff")
+    for n, (rank, path, similarity, *_) in enumerate(rows):
+        x, y = n % 6 * 170, n // 6 * 190
+        sheet.paste(ImageOps.contain(open_image(path).convert("RGB"), (165, 165)), (x, y))
+        ImageDraw.Draw(sheet).text((x, y + 168), f"{rank}. {similarity}", "#222", font_size=14)
     return sheet
-
 
 # ---- 11. Commands: predictions with reasons, by a finished run; comparisons, by all methods ------
 def explain(cosines, taxonomy, logit_scale):
@@ -1033,8 +1007,8 @@ def retrieve(config):
     stored, _, images, words, _ = embed_adapted(config, paths, texts)
     asked = torch.cat([words[len(stored["prompts"]):], images[len(samples.images):]]).mean(0)
     similarity, order = (images[:len(samples.images)] @ asked).sort(descending=True, stable=True)
-    rows = [[rank, samples.images[n], f"{x:.4f}", samples.labels(n)]
-            for rank, (x, n) in enumerate(zip(similarity.tolist(), order.tolist(), strict=True), 1)]
+    ranked = enumerate(zip(similarity.tolist(), order.tolist(), strict=True), 1)
+    rows = [[rank, samples.images[n], f"{x:.4f}", samples.name(n)[1]] for rank, (x, n) in ranked]
     print(*(f"{rank}. {path} {x}: {labels}" for rank, path, x, labels in rows[:5]), sep="\n")
     write_files(Path(config.out), {"retrieved.png": draw_sheet(rows[:24]), "retrieved.csv": [
         ["rank", "image", "similarity", "labels"], *rows]})
@@ -1065,13 +1039,14 @@ def embed_dataset(config):
 
 def run_all(jobs, given):
     """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
-    first, step = ranks()
-    mine = jobs[first::step], given[first::step]
+    mine = share([*zip(jobs, given, strict=True)])
     # Choice: on a CPU a process a core; on small matrices a second thread is slower.
     with ProcessPoolExecutor(min(32, os.cpu_count()), None, torch.set_num_threads, (1,)) as pool:
-        results = (pool.map if given[0].images.is_cpu else map)(run_once, *mine)
-        parts = pooled([*progress(results, len(mine[0]), "run")])
-    return [(job, parts[n % step][n // step]) for n, job in enumerate(jobs)]
+        results = (pool.map if given[0].images.is_cpu else map)(run_once, *zip(*mine, strict=True))
+        done = [*progress(results, len(mine), "run")]
+    meet()
+    done = done if len(mine) == len(jobs) else map(run_once, jobs, given)  # finished: read
+    return [*zip(jobs, done, strict=True)]
 
 def search(config, data, splits):
     """Rank all weights out of 0, .1, 1 of Eq. 3 by class-concept F1 on the validation split."""
