@@ -36,6 +36,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -234,9 +235,7 @@ def at_level(values, level):
 # ---- 3. Stratified subsets for --frac (Sec. 2.3) -------------------------------------------------
 def stratified_subset(truth, fraction, generator):
     """Iterative stratification (Sechidis et al. 2011): round(fraction * N) sorted row numbers.
-
-    truth (N, K) bool. The rarest label is dealt out first, each row to the side that wants more.
-    """
+    truth (N, K) bool. The rarest label is dealt out first, each row to the side that wants more."""
     labels, n = truth.numpy(), len(truth)  # Choice: sklearn's way refuses labels with one member
     wanted = labels.sum(0) * np.array([[fraction], [1 - fraction]])  # (2, K)
     room = [round(fraction * n), n - round(fraction * n)]
@@ -348,9 +347,7 @@ def read_cache(folder):
 
 def embed(keys, items, folder, load, encode):
     """Unit features (N, D) of N items; a key, a hash of the content, names each in the cache.
-
-    folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit.
-    """
+    folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit."""
     cache, items = read_cache(folder), dict(zip(keys, items, strict=True))
     batches = share([list(items)[i:i + 32] for i in range(0, len(items), 32)])
     todo = [batch for batch in batches if not cache.keys() >= set(batch)]
@@ -411,11 +408,9 @@ def positive_weight(truth):
 
 def cross_entropy(z, truth, level, scale, nothing=None):
     """Softmax cross-entropy within each task, mean over samples and tasks.
-
     z (N, K) cosines of a level's columns, truth (N, K) one column a task, scale: exp(logit_scale).
     With nothing (N, 1), cosines of "No finding.": sigmoid cross-entropy of the margins to it, truth
-    with any number of columns, positives weighted against the batch's negatives.
-    """
+    with any number of columns, positives weighted against the batch's negatives."""
     if nothing is not None:
         return F.binary_cross_entropy_with_logits(
             scale * (z - nothing), truth.to(z.dtype), pos_weight=positive_weight(truth))
@@ -425,11 +420,9 @@ def cross_entropy(z, truth, level, scale, nothing=None):
 
 def supcon_of_rows(a, b, members, temperature, unit):
     """L_SupCon(G, Q), Eq. 2: anchors are the rows of Q = a @ b.T; swap a and b for the columns.
-
     a, b (T, N, K), members (T, N, H): 1 where a sample of task t belongs to h; mean over tasks.
     Q is never formed: q_i . q_p = a_i (b^T b) a_p^T. With prompts, column j of Q is z[:, h_j]: then
-    a = z and b = members say the same, exactly, and K is as small as H.
-    """
+    a = z and b = members say the same, exactly, and K is as small as H."""
     if a.shape[1] > 512:  # the fused kernel: no N x N matrix
         tasks = zip(a, b, members.argmax(-1), strict=True)
         losses = [product_supcon_loss(*task, temperature, unit_rows=unit) for task in tasks]
@@ -447,11 +440,9 @@ def supcon_of_rows(a, b, members, temperature, unit):
 
 def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs=None, binary=None):
     """Eq. 3, the five-term objective: total and {term: value}.
-
     z (N, H) cosines, truth (N, H) bool with one combination a task, lambdas: the four weights,
     pairs: (N, D) features of the images and of their own texts; None: templated prompts.
-    binary, for --ce bce: cosines (N, 1) of "No finding." and all that the images show (N, H).
-    """
+    binary, for --ce bce: cosines (N, 1) of "No finding." and all that the images show (N, H)."""
     own, (nothing, shown) = taxonomy.combination.own[:, None], binary or (None, truth)
     terms = {name: cross_entropy(at_level(z, x), at_level(shown, x), x, scale, nothing)
              for name, x in (("combination", taxonomy.combination),
@@ -687,12 +678,10 @@ def area_under_curve(score, truth):
 
 def score_task(margins, truth, exclusive, skip=0):
     """Accuracy, macro recall, macro F1, AUC of one task at one level, each in [0, 1] or nan.
-
     margins, truth (N, K). Exclusive: arg-max decides; else margin > 0, a two-prompt probability
     above 0.5. Choice: macro means run over the columns that the test set shows; predicting another
     still costs recall. AUC: of the margin to "No finding.", mean over all but `skip` columns;
-    auc_pair: of that to the best other column, as nothing trains "No finding." here.
-    """
+    auc_pair: of that to the best other column, as nothing trains "No finding." here."""
     decided = F.one_hot(margins.argmax(1), truth.shape[1]).bool() if exclusive else margins > 0
     hits, shown = (decided & truth).sum(0), truth.sum(0)
     # Choice: plain accuracy (per binary label where labels do not exclude one another).
@@ -738,9 +727,7 @@ def run_folder(config, origin):
 
 def run_once(config, data):
     """Train and evaluate one method on one split; return what metrics.json holds.
-
-    A run whose config.json (settings, data.origin, rows) is the same to the byte is only read.
-    """
+    A run whose config.json (settings, data.origin, rows) is the same to the byte is only read."""
     samples, generator = data.samples, torch.Generator().manual_seed(config.seed)
     train, test = (np.flatnonzero(samples.split == part)
                    for part in ("train", "valid" if config.grid else "test"))
@@ -855,9 +842,7 @@ def draw_scores(results):
 
 def tsne(x, perplexity, generator, starts=20):
     """Exact t-SNE (van der Maaten and Hinton, 2008) of x (N, D): map (N, 2), its KL divergence.
-
-    The best of several random starts, which descend at once by 750 steps.
-    """
+    The best of several random starts, which descend at once by 750 steps."""
     squared = torch.cdist(x.double(), x.double()).square().fill_diagonal_(math.inf)
     low, high = squared.new_tensor([[[-50.]], [[50.]]]).expand(2, len(x), 1)
     for _ in range(60):  # bisect the logarithm of each row's precision
@@ -882,10 +867,8 @@ def tsne(x, perplexity, generator, starts=20):
 
 def draw_texts(data, read):
     """SVG like Fig. 4: t-SNE of texts before and after the adapter `read`.
-
     The texts are the prompts, or 300 sentences. Colour: the task, of one task the class; shape: the
-    class. Each combination is named once.
-    """
+    class. Each combination is named once."""
     taxonomy, texts, parts = data.samples.taxonomy, data.texts[:-1].cpu(), []
     h = torch.arange(len(texts))
     if len(data.sentences):
@@ -1037,11 +1020,15 @@ def embed_dataset(config):
     return Embedded(samples, taxonomy, *(x.to(device) for x in (*tensors, samples.sentence)),
                     backbone.logit_scale, origin, functools.partial(load_backbone, name, device))
 
+def start_worker():
+    """One thread, as a second is slower on small matrices; the end if the main process dies."""
+    torch.set_num_threads(1)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+
 def run_all(jobs, given):
     """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
     mine = share([*zip(jobs, given, strict=True)])
-    # Choice: on a CPU a process a core; on small matrices a second thread is slower.
-    with ProcessPoolExecutor(min(32, os.cpu_count()), None, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(min(32, os.cpu_count()), None, start_worker) as pool:
         results = (pool.map if given[0].images.is_cpu else map)(run_once, *zip(*mine, strict=True))
         done = [*progress(results, len(mine), "run")]
     meet()

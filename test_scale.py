@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
-from sklearn import linear_model, metrics
+from scipy.spatial.distance import pdist, squareform
+from sklearn import linear_model, manifold, metrics
 
 import data_prep
 import scale
@@ -601,20 +602,46 @@ def test_supcon_file_alone(tmp_path):
             "print(supcon_loss(torch.ones(8, 4) / 2, torch.zeros(8).long()).item())")
     assert float(python(tmp_path, "-c", code).stdout) == pytest.approx(math.log(7))
 
-def test_interrupted_embedding_goes_on(demo, tmp_path):
+def test_interrupted_embedding_goes_on(demo, tmp_path, monkeypatch):
     """After a half JPEG only what is missing is computed, to the bit; else nothing."""
     paths = [Path(shutil.copy(path, tmp_path)) for path in sorted(demo[0].glob("**/*.jpg"))[:99]]
-    backbone, sizes, jpeg = scale.load_backbone("demo"), [], paths[70].read_bytes()
-    embed = functools.partial(scale.embed_images, backbone, [(path, 0) for path in paths])
-    whole, encode = embed(tmp_path / "a"), backbone.encode_image
-    backbone.encode_image = lambda pixels: sizes.append(len(pixels)) or encode(pixels)
+    sizes, jpeg, encode = [], paths[70].read_bytes(), CLIP.encode_image
+    def embed(out):
+        pictures, config = [(path, 0) for path in paths], scale.Config(out=str(tmp_path / out))
+        return scale.embed_both(pictures, ["x"], "demo", config)[0]
+    whole = embed("a")
+    monkeypatch.setattr(CLIP, "encode_image", lambda *args: sizes.append(len(args[1])) or
+                        encode(*args))
     paths[70].write_bytes(jpeg[:700])
     with pytest.raises(InputError, match="P0070.jpg"):  # in the third batch
-        embed(tmp_path / "b")
+        embed("b")
     paths[70].write_bytes(jpeg)
-    assert embed(tmp_path / "b").equal(whole) and sizes == [32, 32, 32, 3]
+    assert embed("b").equal(whole) and sizes == [32, 32, 32, 3]
     paths[0].write_bytes(paths[1].read_bytes())  # content decides, not the name
-    assert embed(tmp_path / "b")[0].equal(whole[1]) and len(sizes) == 4
+    assert embed("b")[0].equal(whole[1]) and len(sizes) == 4
+    rough = scale.embed_both([(paths[1], 0)], ["x"], "demo", scale.Config(
+        out=str(tmp_path / "b"), dtype="bfloat16"))[0]
+    assert 1e-7 < 1 - (rough[0] @ whole[1]) < 1e-3 and len(sizes) == 5  # of its own cache
+
+def test_noisy_texts():
+    """Words that are invented, doubled, never dropped or never swapped would show."""
+    rng, text = np.random.default_rng(0), "a b c d e f"
+    texts = [scale.add_noise(text, 0.3, rng).split() for _ in range(300)]
+    assert scale.add_noise(text, 0.0, rng) == text and len(texts[0]) == len(set(texts[0]))
+    assert abs(np.mean([len(words) for words in texts]) / 6 - 0.85) < 0.03
+    assert 0.3 < np.mean([words != sorted(words) for words in texts]) < 0.8
+
+@pytest.mark.parametrize("n, perplexity", [(28, 9), (90, 20)])
+def test_tsne_is_as_good_as_scikit_learns(n, perplexity):
+    """A wrong perplexity, a poor descent, or a divergence told wrongly, would show."""
+    x = (unit_rows(n, 16) + torch.eye(16)[torch.arange(n) % 5]).detach()
+    y, divergence = scale.tsne(x, perplexity, torch.Generator().manual_seed(0))
+    theirs = manifold.TSNE(perplexity=perplexity, method="exact", init="random", random_state=0)
+    squared = squareform(pdist(x, "sqeuclidean")).astype(np.float32)
+    p = manifold._t_sne._joint_probabilities(squared, perplexity, 0)
+    q = 1 / (1 + pdist(y, "sqeuclidean"))
+    assert divergence == pytest.approx(2 * p @ np.log(2 * p * q.sum() / q), rel=1e-3)
+    assert divergence < 1.05 * theirs.fit(x.numpy()).kl_divergence_
 
 def test_views_are_augmented(demo, tmp_path):
     """A view of a test image, a plain one among the others, chance or a flip would show."""
@@ -644,8 +671,8 @@ def test_predictions(demo, tmp_path, capsys):
     run = shutil.copytree(demo[0] / "runs" / "demo-demo-scale-0.05-s0", tmp_path / "run")
     row = list(csv.DictReader(open(run / "scores.csv")))[7]
     image = str(demo[0] / "data/demo/release_v0/images" / row["image"])
-    command = ["--predict", image, "--run", str(run), "--out", str(tmp_path)]
-    assert scale.main(command) == 0
+    at = ["--run", str(run), "--out", str(tmp_path), "--data", str(demo[0] / "data")]
+    assert scale.main(["--predict", image, "--card", *at]) == 0
     told = json.loads((tmp_path / "predictions.json").read_text())[image]
     for task in json.loads((run / "config.json").read_text())["taxonomy"]["tasks"]:
         ranked = sorted(task["combinations"], key=lambda c: float(row[c["name"]]))
@@ -656,8 +683,19 @@ def test_predictions(demo, tmp_path, capsys):
         assert [*said["decided_by"]] == [*odds][:-3:-1]  # the two highest
         for name, x in said["decided_by"].items():
             assert x["two_prompt_probability"] == pytest.approx(1 / (1 + 1 / odds[name]), abs=.001)
+    card = np.asarray(Image.open(tmp_path / "cards" / f"0-{Path(image).stem}.png"), int)
+    blue = (abs(card - [0, 114, 178]).sum(2) < 9).any(1)  # rows of the bars
+    assert card.shape == (920, 1000, 3) and (np.diff(blue.astype(int)) == 1).sum() == 14
+    words = "atypical pigment network"
+    for query in (["--retrieve-image", image], ["--retrieve", words]):
+        assert scale.main(["--dataset", "demo", *query, *at]) == 0
+        found = list(csv.DictReader(open(tmp_path / "retrieved.csv")))
+        if query[1] == image:
+            assert Path(found[0]["image"]).name == Path(image).name
+        assert Image.open(tmp_path / "retrieved.png").size == (1020, 760) and len(found) == 1011
+    assert np.mean([words in row["labels"] for row in found[:50]]) > 0.5  # of all .23
     edit(run / "config.json", '_sha256": "', '_sha256": "0')
-    assert scale.main(command) == 2 and "train again" in capsys.readouterr().err
+    assert scale.main(["--predict", image, *at]) == 2 and "train again" in capsys.readouterr().err
 
 def test_sweep_report_and_shuffled_labels(demo, folder):
     """A fraction or a number lost, a worker unlike a single run, a leak shows."""
@@ -692,6 +730,39 @@ def test_bad_input(folder, capsys, monkeypatch, flags, change, words):
     assert scale.main(["--dataset", "demo", "--method", "linear", *flags.split()]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("scale.py: ") and words in error and not [*folder.glob("runs/demo-*")]
+
+ODD = [b"", b'""', b",", b"\n", b"null", b"-1", b"1e9", b"[]", b"NaN", b"\0", b"../", b"test", b";"]
+
+def mutate(data, rng):
+    for _ in range(rng.integers(1, 4)):
+        at, width = rng.integers(len(data) + 1), rng.integers(9)
+        new = [*ODD, rng.bytes(width), data[at:at + 99]][rng.integers(len(ODD) + 2)]
+        data = data[:at] + new + data[at + width:]
+    return data[:rng.integers(len(data)) if rng.random() < 0.1 else None]
+
+@pytest.mark.parametrize("file", [
+    "data/demo/samples.csv", "data/demo/taxonomy.json", "data/demo/release_v0/images/P00/P0000.jpg",
+    "w/model.safetensors", "w/vocab.json", "w/merges.txt", "w/config.json",
+    "w/preprocessor_config.json", "data/demo/release_v0/meta/meta.csv",
+    "data/demo/release_v0/meta/test_indexes.csv", "data/demo/release_v0/master_table.csv"])
+def test_mutated_files(folder, capsys, monkeypatch, file):
+    """A traceback, a second sentence, or a file written elsewhere, after any change, would show."""
+    monkeypatch.chdir(folder)
+    shutil.copytree(HERE / "weights" / "demo", folder / "w")
+    padchest(folder / "data/demo/release_v0", ROWS)
+    table = folder / "data/demo/samples.csv"
+    table.write_text("".join(open(table).readlines()[:60]))
+    name = {"meta": "derm7p", "release_v0": "padchest-gr"}.get(Path(file).parent.name)
+    run = functools.partial(data_prep.main, [name, "data/demo/release_v0"]) if name else (
+        functools.partial(scale.main, "--dataset demo --backbone w --method zeroshot "
+                          "--criterion streaks".split()))
+    data, before = Path(file).read_bytes(), {*folder.rglob("*")}
+    for seed in range(int(os.environ.get("MUTATIONS", 20))):
+        Path(file).write_bytes(mutate(data, np.random.default_rng(seed)))
+        code, error = run(), capsys.readouterr().err.splitlines()
+        assert code == 0 or code == 2 and ".py: " in error[-1] and len(error[-1]) < 999, seed
+    written = {path.relative_to(folder).parts[:2] for path in {*folder.rglob("*")} - before}
+    assert {parts[:2 if name else 1] for parts in written} <= {("data", name), ("runs",)}
 
 def test_budget():
     """Under 2,000 lines of at most 100 columns without the tests, which have at most 700."""
