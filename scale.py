@@ -483,11 +483,13 @@ class Embedded:
         """(n, H) of unit features (n, D) and (H + 1, D)."""
         return self.logit_scale * images @ (texts[:-1] - texts[-1:]).T
 
-def train(objective, tensors, n, config, generator, log, optimizer=None):
+def train(objective, tensors, n, config, generator, log, optimizer=None, towers=False):
     """Minimise objective(batch of sample numbers) -> (loss, {term: value}); log every epoch."""
     optimizer = optimizer or torch.optim.Adam(tensors, config.lr, fused=True)  # Choice: no decay
-    size = config.batch_size or (n if n <= 1024 else 256)  # Choice: full batches up to 1,024
-    for epoch in range(config.epochs):  # Choice: the last counts, test data select nothing
+    # Choice: full batches up to 1,024; of weights of the towers 8, for a tenth of the epochs.
+    size = config.batch_size or (8 if towers else n if n <= 1024 else 256)
+    epochs = max(1, config.epochs // 10) if towers else config.epochs
+    for epoch in range(epochs):  # Choice: the last counts, test data select nothing
         start, sums = time.perf_counter(), {}
         for batch in torch.randperm(n, generator=generator).split(size):
             loss, terms = objective(batch)
@@ -606,11 +608,6 @@ def towers(data, backbone, tuned):
     return look, lambda: F.normalize(
         backbone.text_tower(backbone.tensors | tuned(), tokens, lengths), dim=-1)
 
-def tune(objective, tensors, n, config, generator, log):
-    """Train tensors of the towers. Choice: a tenth of the epochs, batches of 8."""
-    config = replace(config, epochs=max(1, config.epochs // 10), batch_size=config.batch_size or 8)
-    train(objective, tensors, n, config, generator, log)
-
 def fit_lora(data, rows, config, generator, log):
     """LoRA (Hu et al., 2022), rank 4, of the query and value projections of both towers."""
     backbone, (rows, truth), factors = data.backbone(), data.pairs(rows), {}
@@ -625,7 +622,7 @@ def fit_lora(data, rows, config, generator, log):
         z = look(rows[batch]) @ read()[:-1].T
         return cross_entropy(z, truth[batch], data.taxonomy.combination, data.logit_scale), {}
     state = {f"{name}.{i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
-    tune(objective, state.values(), len(rows), config, generator, log)
+    train(objective, state.values(), len(rows), config, generator, log, towers=True)
     return lambda rows: data.margins(look(rows), read()), state
 
 def cluster(features, k, generator):
@@ -661,7 +658,7 @@ def fit_hica(data, rows, config, generator, log):
                  "cross": gap.where(~shown, 0).sum(1).mean()}
         return sum(terms.values()), terms
     for stage in (first, second):
-        tune(stage, tuned.values(), len(rows), config, generator, log)
+        train(stage, tuned.values(), len(rows), config, generator, log, towers=True)
     return lambda rows: data.margins(look(rows), read()), tuned
 
 METHODS = {"clip-zeroshot": fit_zeroshot, "zeroshot": fit_zeroshot, "linear": fit_linear,
@@ -802,6 +799,7 @@ def write_report(folder, results, data, tables):
         words.append(f"Table 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}.")
     if trained := [c for c, _ in results if c.method == "scale"]:
         adapters = load_adapters(run_folder(trained[-1], data.origin))[1]
+        torch.set_num_threads(1)  # faster on small matrices
         files["figures/texts.svg"] = draw_texts(data, adapters["text"])
         words.append("![t-SNE of the text embeddings before and after](figures/texts.svg)")
     write_files(folder, files | {"results.csv": rows, "report.md": "\n\n".join(words) + "\n"})
@@ -840,9 +838,9 @@ def draw_scores(results):
         parts.append("</g>")
     return SVG.format("\n".join(parts))
 
-def tsne(x, perplexity, generator, starts=20):
+def tsne(x, perplexity, generator):
     """Exact t-SNE (van der Maaten and Hinton, 2008) of x (N, D): map (N, 2), its KL divergence.
-    The best of several random starts, which descend at once by 750 steps."""
+    The best of several random starts, more for few points, which descend at once."""
     squared = torch.cdist(x.double(), x.double()).square().fill_diagonal_(math.inf)
     low, high = squared.new_tensor([[[-50.]], [[50.]]]).expand(2, len(x), 1)
     for _ in range(60):  # bisect the logarithm of each row's precision
@@ -851,7 +849,7 @@ def tsne(x, perplexity, generator, starts=20):
         broad = torch.special.entr(p).sum(1, keepdim=True) > math.log(perplexity)
         low, high = middle.where(broad, low), high.where(broad, middle)
     p = ((p + p.T) / (2 * len(x))).clamp(min=1e-12)
-    y = 1e-4 * torch.randn(starts, len(x), 2, generator=generator, dtype=p.dtype)
+    y = 1e-4 * torch.randn(3 + 500 // len(x), len(x), 2, generator=generator, dtype=p.dtype)
     velocity, gains = torch.zeros_like(y), torch.ones_like(y)
     for step in range(750):
         near = (1 + torch.cdist(y, y).square()).reciprocal()

@@ -29,6 +29,7 @@ from weights import InputError
 from weights.clip import CLIP
 from weights.medclip import MedCLIP
 
+torch.set_num_threads(1)  # faster on small matrices
 HERE = Path(__file__).resolve().parent
 COMMAND = HERE / "scale.py", "--dataset", "demo"
 TEXTS = ["a photo of a mole", "This is dermoscopy of an atypical, Pigment network!", "x y " * 40]
@@ -714,6 +715,27 @@ def test_sweep_report_and_shuffled_labels(demo, folder):
     for path in folder.glob("runs/*shuffle_labels*/metrics.json"):  # zero-shot: .58, .42
         metrics = json.loads(path.read_text())
         assert metrics["class"]["f1"] < 0.55 and metrics["class_concept"]["f1"] < 0.35
+
+def test_grid_ranks_on_validation_images(folder):
+    """A choice on test images, or another than the best, would show."""
+    grid = python(folder, *COMMAND, *"--grid --frac 0.05 --splits 1 --epochs 2".split()).stdout
+    runs = [*folder.glob("runs/*grid=True*")]
+    found = {json.loads((run / "config.json").read_text())["lambdas"]:
+             json.loads((run / "metrics.json").read_text()) for run in runs}
+    best = max(found, key=lambda weights: found[weights]["class_concept"]["f1"])
+    assert len(found) == 81 and {run["n_test"] for run in found.values()} == {203}
+    assert f"--lambdas {best} " in grid.splitlines()[0] and len(grid.splitlines()) == 5
+
+def test_torchrun_shares_the_work(demo, folder):
+    """A batch or a run left out, done otherwise or told twice, would show."""
+    shutil.rmtree(folder / "runs")
+    shared = python(folder, "-m", "torch.distributed.run", "--nproc-per-node=2", *COMMAND,
+                    "--frac", "0.05", "--splits", "2")
+    assert shared.stdout == demo[1]
+    for path in demo[0].glob("runs/demo-*/metrics.json"):
+        one, two = (json.loads((at / path.relative_to(demo[0])).read_text())["class_concept"]
+                    for at in (demo[0], folder))
+        assert one == pytest.approx(two, abs=1e-5)
 
 @pytest.mark.parametrize("flags, change, words", [
     ("--frac 2", (), "--frac"), ("--method scala", (), "scala"), ("--criterion x", (), "pigment"),
