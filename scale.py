@@ -908,8 +908,8 @@ def draw_card(pixels, maps, reasons):
         for row, (name, v) in enumerate(x["decided_by"].items()):
             top, cosine = y + 30 + 42 * row, v["similarity"]
             pen.text((535, top), f"{name}, similarity {cosine:.2f}", "#222", font_size=14)
-            pen.rectangle((535, top + 20, 985, top + 30), "#ddd")  # from -1 to 1
-            ends = sorted((760, 760 + 225 * cosine))
+            pen.rectangle((535, top + 20, 985, top + 30), "#ddd")  # from -0.5 to 0.5
+            ends = sorted((760, 760 + 450 * max(-0.5, min(0.5, cosine))))
             pen.rectangle((ends[0], top + 20, ends[1], top + 30), OKABE_ITO[0])
     return card
 
