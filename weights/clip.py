@@ -15,12 +15,9 @@ from PIL import Image
 from . import TABLES, Backbone, block, check_tensors, norm, read_json, read_tensors, reading
 
 ACTIVATIONS = {"quick_gelu": (F.silu, 1.702), "gelu": (F.gelu, 1.0)}  # f, c of f(c x) / c
-CONTEXT = "text_model.embeddings.position_embedding.weight"
 CLASS, PATCHES, PLACES = ("vision_model.embeddings." + name for name in (
     "class_embedding", "patch_embedding.weight", "position_embedding.weight"))
-VISION, TEXT = "vision_model.encoder.layers.#.", "text_model.encoder.layers.#."  # their blocks
-BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
-         "mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2")
+CONTEXT = "text_model.embeddings.position_embedding.weight"
 
 def from_openai(tensors):
     """OpenAI's or open_clip's tensors under Hugging Face's names; views, nothing is copied."""
@@ -34,18 +31,18 @@ def from_openai(tensors):
     return out
 
 def read_towers(folder, w):
-    """Prefix of each tower's blocks -> depth, heads, activation: as a json file states or usual."""
+    """Depth, heads and activation of each tower, by its name: as a json file states or usual."""
     config, towers = read_json(folder / "config.json"), {}
     model = read_json(folder / "open_clip_config.json").get("model_cfg", {})
     usual = "gelu" if model and not model.get("quick_gelu") else "quick_gelu"
-    for tower, prefix in (("vision", VISION), ("text", TEXT)):
+    for tower in ("vision", "text"):
         stated, theirs = config.get(tower + "_config", {}), model.get(tower + "_cfg", {})
         norms = [w[n].numel() for n in w if re.match(tower + r".*\.layer_norm1\.weight", n)]
         width = max(norms, key=norms.count, default=0)  # the usual one
         heads = theirs.get("heads", width // theirs.get("head_width", 64))
         names = "num_hidden_layers", "num_attention_heads", "hidden_act"
         given = map(stated.get, names, (theirs.get("layers", len(norms)), heads, usual))
-        depth, heads, activation = towers[prefix] = tuple(given)
+        depth, heads, activation = towers[tower] = tuple(given)
         if activation not in ACTIVATIONS or not heads or width % heads:
             raise ValueError(f"{activation} and {heads} heads for a {tower} tower of width {width}")
     return towers
@@ -75,7 +72,7 @@ class CLIP(Backbone):
             self.tensors = check_tensors(w, "clip", [row[0] for row in towers.values()])
             side = int((len(w[PLACES]) - 1) ** .5) * w[PATCHES].shape[-1]
             self.settings = towers | {"pixels": read_pixels(folder, side)}
-        self.last_block = VISION.replace("#", str(towers[VISION][0] - 1))
+        self.last_block = f"vision_model.encoder.layers.{towers['vision'][0] - 1}."
         old = folder / "merges.txt", folder / "vocab.json"  # the older kind of files
         self.files = old if old[0].exists() else [folder / "tokenizer.json"]
         with reading(self.files[0]):
@@ -94,8 +91,7 @@ class CLIP(Backbone):
 
     def preprocess(self, image):
         """(3, H, H) of a PIL image as by Hugging Face's CLIPImageProcessor: RGB over white, short
-        side to H, centre crop, (x / 255 - mean) / std. Grey of 16 bits is to be scaled before.
-        """
+        side to H, centre crop, (x / 255 - mean) / std. Grey of 16 bits is to be scaled before."""
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -127,12 +123,12 @@ class CLIP(Backbone):
         return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{numerals}]+|[\d{numerals}]|"
                           r"(?:[^\s\w]|[_\x1c-\x1f])+", text)
 
-    def transformer(self, w, prefix, x, read=None):
+    def transformer(self, w, tower, x, read=None):
         """x (N, L, W) after all blocks; (N, 1, W) if only its tokens at `read` (N,) are of use."""
-        depth, heads, activation = self.settings[prefix]
+        depth, heads, activation = self.settings[tower]
         for i in range(depth):
-            x = block(w, prefix.replace("#", str(i)), BLOCK, x, heads, None, prefix == TEXT,
-                      read if i == depth - 1 else None, *ACTIVATIONS[activation])
+            x = block(w, f"{tower}_model.encoder.layers.{i}.", "clip", x, heads, None,
+                      tower == "text", read if i == depth - 1 else None, *ACTIVATIONS[activation])
         return x
 
     def image_tower(self, w, pixels, every_token=False):
@@ -142,12 +138,12 @@ class CLIP(Backbone):
         x = F.linear(x, w[PATCHES].flatten(1))  # the convolution
         x = torch.cat([w[CLASS].expand(len(x), 1, -1), x], 1) + w[PLACES]
         read = None if every_token else x.new_zeros(len(x), dtype=torch.long)
-        x = self.transformer(w, VISION, norm(w, "vision_model.pre_layrnorm", x), read)
+        x = self.transformer(w, "vision", norm(w, "vision_model.pre_layrnorm", x), read)
         x = norm(w, "vision_model.post_layernorm", x) @ w["visual_projection.weight"].T
         return x[:, 1:] if every_token else x[:, 0]
 
     def text_tower(self, w, tokens, lengths):
         """Embeddings (N, D), not normalised, of ids (N, L) or token embeddings (N, L, W)."""
         x = F.embedding(tokens, w[self.words]) if tokens.ndim == 2 else tokens
-        x = self.transformer(w, TEXT, x + w[CONTEXT][:x.shape[1]], lengths - 1)
+        x = self.transformer(w, "text", x + w[CONTEXT][:x.shape[1]], lengths - 1)
         return norm(w, "text_model.final_layer_norm", x[:, 0]) @ w["text_projection.weight"].T
