@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 
 from . import Backbone, block, check_tensors, norm, read_json, read_tensors, reading
 
@@ -20,10 +19,8 @@ WORDS, PLACES, KINDS = (f"{TEXT}embeddings.{name}_embeddings.weight"
 STAGES, LAYERS, SIDE = (2, 2, 6, 2), 12, 224  # blocks in Swin's stages, blocks in BERT, pixels
 
 def is_medclip(folder):
-    """Whether a folder's model.safetensors has MedCLIP's names; InputError if cut."""
-    path = folder / "model.safetensors"
-    with reading(path):
-        return path.exists() and any(n.startswith(VISION) for n in safe_open(path, "pt").keys())
+    """Whether a folder is MedCLIP's: no CLIP has the file of BERT's vocabulary."""
+    return (folder / "vocab.txt").exists()
 
 def swin_block(w, p, x, shift):
     """x (N, side^2, W) after a block with attention in windows of 7 x 7, shifted by `shift`."""

@@ -4,6 +4,7 @@ Entirely synthetic: no patient, no medical meaning. `python -m weights.phantoms`
 CLIP anew (6 min; not to the same bits): it learns the criteria's words in another clinic, whose
 camera differs and where rare signs are common, so that zero-shot meets a domain gap.
 """
+import shutil
 import sys
 
 import numpy as np
@@ -12,17 +13,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import save_file
 
-import scale
-from data_prep import DERM7P, RELEASES, prepare_derm7p
+from data_prep import DERM7P, RELEASES, prepare_derm7p, read_table
+from scale import progress
 
 from . import HERE
 from .clip import CLIP
 
 SIZE = 96  # pixels
 GRID = np.arange(SIZE) + 1j * np.arange(SIZE)[:, None]  # pixels as complex numbers: x + iy
-TABLES, SCORES, NAMES = RELEASES["phantoms"], RELEASES["scores"], RELEASES["images"]["derm7p"]
+TABLES = RELEASES["phantoms"]
 COLOURS = {name: np.array(rgb) for name, rgb in TABLES["colours"].items()}
-CRITERIA = [[*names.values()] for names in DERM7P.values()]  # from harmless to severe
 
 def draw_marks(rgb, rng, centre, radius, row):
     """Draw a row of marks (radians, pixels), dots or lines that end in one, over rgb (H, W, 3)."""
@@ -64,53 +64,38 @@ def draw_phantom(names, rng):
     rgb = np.clip(rgb, 0, 255).astype(np.uint8)
     return Image.fromarray(rgb).filter(ImageFilter.GaussianBlur(rng.uniform(.2, .8)))
 
-def draw_labels(rng):
-    """1,011 rows (split, *expressions) in Derm7p's numbers, correlated by a hidden severity."""
-    rows = []
-    for part, (split, size) in enumerate({"train": 413, "valid": 203, "test": 395}.items()):
-        severity, columns = rng.standard_normal(size), []
-        for names in CRITERIA:
-            rank = (.6 * severity + .8 * rng.standard_normal(size)).argsort().argsort()
-            columns.append(np.repeat(names, [NAMES[name][part] for name in names])[rank])
-        rows += [(split, *row) for row in zip(*columns, strict=True)]
-    return rng.permutation(rows).tolist()
-
 def prepare_demo(data):
-    """Draw 1,011 lesions into <data>/demo/release_v0, prepare them as Derm7p; return the folder."""
-    folder, tables = data / "demo", {}
+    """Draw the 1,011 lesions of weights/demo/meta, in Derm7p's numbers and correlated by a hidden
+    severity, into <data>/demo/release_v0; prepare them as Derm7p; return the folder <data>/demo."""
+    folder, meta = data / "demo", HERE / "demo" / "meta"
     print(f"{folder}: drawing {RELEASES['demo']['note']}", file=sys.stderr)
-    for i, (split, *names) in enumerate(draw_labels(np.random.default_rng(0))):
-        image = f"P{i // 30:02d}/P{i:04d}.jpg"
-        path = folder / "release_v0" / "images" / image
+    for i, (_, row) in enumerate(read_table(meta / "meta.csv")):
+        names = [known[row[criterion]] for criterion, known in DERM7P.items()]
+        path = folder / "release_v0" / "images" / row["derm"]
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_phantom(names, np.random.default_rng([0, i])).save(path, quality=92)
-        labels = {c: e for c, known in DERM7P.items() for e, name in known.items() if name in names}
-        score = sum(SCORES.get(name, 0) for name in names)
-        row = {"case_num": i + 1, "seven_point_score": score, **labels, "derm": image}
-        tables.setdefault("meta.csv", [[*row]]).append(row.values())
-        tables.setdefault(f"{split}_indexes.csv", [["indexes"]]).append([i])
-    scale.write_files(folder / "release_v0" / "meta", tables)
+    shutil.copytree(meta, folder / "release_v0" / "meta", dirs_exist_ok=True)
     prepare_derm7p(folder, folder, **RELEASES["demo"])
     return folder
 
 def pretrain(folder, steps=2000, batch=32):
     """Train the checkpoint in `folder` anew; its sizes, vocabulary and scale stay. Each lesion
     suits 7 or 8 of 29 sentences: SigLIP's loss over all pairs (Zhai et al. 2023)."""
-    model, rng, signs = CLIP(folder), np.random.default_rng(0), sum(CRITERIA, [])
-    lesions = [[names[0] if rng.random() < .4 else str(rng.choice(names)) for names in CRITERIA]
-               for _ in range(6000)]
+    model, rng, signs = CLIP(folder), np.random.default_rng(0), [*RELEASES["images"]["derm7p"]]
+    lesions = [[known["absent"] if rng.random() < .4 else str(rng.choice([*known.values()]))
+                for known in DERM7P.values()] for _ in range(6000)]
     images = (draw_phantom(lesion, rng).convert("RGB", TABLES["camera"]) for lesion in lesions)
     pixels = torch.stack([model.preprocess(image) for image in images])
-    suits = torch.tensor([[*(name in lesion for name in signs), SCORES.keys().isdisjoint(lesion)]
-                          for lesion in lesions]).float()  # (6000, 29)
+    suits = torch.tensor([[*(sign in lesion for sign in signs), not RELEASES["scores"].keys()
+                           & lesion] for lesion in lesions]).float()  # (6000, 29)
     w = {name: torch.tensor(rng.normal("norm" in name and "weight" in name, .06, t.shape)).float()
          for name, t in model.tensors.items()} | {"logit_scale": model.tensors["logit_scale"]}
     adam = torch.optim.AdamW([t.requires_grad_() for t in w.values()], betas=(.9, .98))
-    for step in scale.progress(range(steps), steps, "steps"):
+    for step in progress(range(steps), steps, "steps"):
         adam.param_groups[0]["lr"] = 1e-3 * min(step / 100, 1 - step / steps)
         some = torch.from_numpy(rng.choice(len(pixels), batch, replace=False))
         image = model.image_tower(w, torch.rot90(pixels[some], step, (2, 3)))
-        texts = [rng.choice(TABLES["sentences"]).format(name) for name in signs]
+        texts = [rng.choice(TABLES["sentences"]).format(sign) for sign in signs]
         text = model.text_tower(w, *model.tokenize([*texts, "No finding."]))
         cosine = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (batch, 29)
         loss = F.binary_cross_entropy_with_logits(model.logit_scale * cosine - 1, suits[some])
