@@ -13,8 +13,6 @@ import time
 import zipfile
 from contextlib import suppress
 from functools import partial
-from http.client import HTTPException
-from itertools import product
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -40,13 +38,11 @@ def read_table(path):
         return table or [(f"{path} without rows", {})]
 
 def write_prepared(release, folder, root, samples, **changes):
-    """Write the release's taxonomy, with `changes`, and the rows of samples.csv; print the images
-    of every combination beside those known."""
+    """Write taxonomy.json, with `changes`, and samples.csv; print images of each combination."""
     root = root.relative_to(folder) if root.is_relative_to(folder) else root
     spec = RELEASES["taxonomies"][release] | {"root": str(root)} | changes
-    header = "image", "text", "labels", "split", "patient"
-    files = {"taxonomy.json": json.dumps(spec), "samples.csv": [header, *samples]}
-    scale.write_files(folder, files)
+    head = "image", "text", "labels", "split", "patient"
+    scale.write_files(folder, {"taxonomy.json": json.dumps(spec), "samples.csv": [head, *samples]})
     if changes:  # the demo
         return
     print(f"{'images':46}  train  valid   test    all  known  differ by")
@@ -61,9 +57,8 @@ def prepare_derm7p(raw, folder, **changes):
     to the expression, by its score in the seven-point checklist, not to the patient's diagnosis."""
     raw, samples = raw.resolve() / ("release_v0" if (raw / "release_v0").is_dir() else ""), []
     root, meta = raw / "images", raw / "meta"
-    # Folder and file names differ in case from meta.csv: FCl/Fcl068.jpg lies in FCL/.
     images = (path.relative_to(root).as_posix() for path in root.glob("*/*"))
-    found = {image.lower(): image for image in images}
+    found = {image.lower(): image for image in images}  # meta.csv's FCl/Fcl068.jpg lies in FCL/
     for where, row in read_table(meta / "meta.csv"):
         with reading(where, UNPACK):
             names = [known[row[criterion]] for criterion, known in DERM7P.items()]
@@ -75,8 +70,7 @@ def prepare_derm7p(raw, folder, **changes):
             with reading(where, UNPACK):
                 samples[int(row["indexes"])][3] += part
     if wrong := [n for n, row in enumerate(samples) if row[3] not in ("train", "valid", "test")]:
-        raise InputError(f"{meta}: row {wrong[0]} of meta.csv, from 0, is in no split or in two; "
-                         f"{UNPACK}.")
+        raise InputError(f"{meta}: row {wrong[0]}, from 0, is in no split or in two; {UNPACK}.")
     write_prepared("derm7p", folder.resolve(), root, samples, **changes)
 
 def padchest_labels(label, locations):
@@ -114,12 +108,7 @@ def prepare_padchest(raw, folder, rng, language, official):
     drawn = {patient: "test" if k in test else "train" for k, patient in enumerate(patients)}
     samples = [[image, text, ";".join(names), part if official else drawn[patient], patient]
                for (image, text, patient, part), names in stated.items()]
-    shrink_images(raw, folder, {row[0] for row in samples})
-    write_prepared("padchest-gr", folder, folder, samples)
-
-def shrink_images(raw, folder, names):
-    """Write those of the images `names` that `folder` lacks, of 8 bits and at most 256 pixels."""
-    todo = sorted(name for name in names if not (folder / name).exists())
+    todo = sorted({row[0] for row in samples if not (folder / row[0]).exists()})
     found = {f"images/{path.name}": path for path in raw.rglob("*.png")} if todo else {}
     if lost := [name for name in todo if name not in found]:
         raise InputError(f"{raw} lacks {len(lost)} images, first {lost[0][7:]}: join and unpack "
@@ -128,6 +117,7 @@ def shrink_images(raw, folder, names):
         image = scale.open_image(found[name]).convert("L")  # of 16 bits, long side over 2,000
         image.thumbnail((256, 256), Image.Resampling.BICUBIC)
         scale.replace_file(folder / name, partial(image.save, format="PNG"))
+    write_prepared("padchest-gr", folder, folder, samples)
 
 def prepare_folders(release, raw, folder, rng):
     """Prepare [train|val|test/]<class>/<image>. # Choice: or 15% test, 15% valid, by chance."""
@@ -137,10 +127,9 @@ def prepare_folders(release, raw, folder, rng):
         if (kind in known and name.endswith((".png", ".jpg", ".jpeg")) and "_mask" not in name
                 and not name.startswith("._")):  # nor is a second copy, deeper down, taken
             found.setdefault((SPLITS.get(part, ""), kind, name), path.relative_to(root).as_posix())
-    have = {key[:2] for key in found if key[0] != "valid"}
-    if have not in ({*product(["train", "test"], known)}, {*product([""], known)}):
-        raise InputError(f"{raw} needs images in folders {', '.join(known)}, in train and test or "
-                         f"without splits: {UNPACK}.")
+    have = [len({k for p, k, _ in found if p == part}) for part in ("", "train", "test")]
+    if have not in ([len(known), 0, 0], [0, len(known), len(known)]):  # without splits, or with
+        raise InputError(f"{raw} lacks one of {', '.join(known)}, in train or test too: {UNPACK}.")
     samples = [[image, "", kind, part, ""] for (part, kind, _), image in found.items()]
     truth = torch.tensor([[row[2] == kind for kind in known] for row in samples])
     held = scale.stratified_subset(truth, 0.3, rng)
@@ -149,8 +138,6 @@ def prepare_folders(release, raw, folder, rng):
         row[3] = row[3] or ("test" if k in test else "valid" if k in held else "train")
     write_prepared(release, folder, root, samples)
 
-
-# ---- Weights -------------------------------------------------------------------------------------
 def convert(source, target):
     """Write weights as safetensors, other files as they are, once they are seen to be whole."""
     if source.suffix in (".json", ".txt", ".safetensors"):
@@ -172,12 +159,11 @@ def convert(source, target):
 def receive(url, part):
     """Append to the file `part` what it lacks of the one at `url`; OSError if that is cut off."""
     note = part.with_name(part.name + ".version")  # the ETag or date of what `part` holds
-    version = note.read_text() if note.exists() else ""
-    kept = max(part.stat().st_size - 1, 0) if version else 0  # servers refuse to send no byte
-    headers = {"Range": f"bytes={kept}-", "If-Range": version} if version else {}
+    kept = max(part.stat().st_size - 1, 0) if note.exists() else 0  # no server sends 0 bytes
+    headers = {"Range": f"bytes={kept}-", "If-Range": note.read_text()} if kept else {}
     with urlopen(Request(url, headers=headers), timeout=30) as answer, open(part, "ab") as file:
         file.truncate(file.seek(kept if answer.status == 206 else 0))  # else all is sent again
-        note.write_text(answer.headers["ETag"] or answer.headers["Last-Modified"] or "")
+        note.write_text(answer.headers["ETag"] or answer.headers["Last-Modified"] or '"none"')
         size = file.tell() + int(answer.headers["Content-Length"] or 0)
         blocks = iter(partial(answer.read, 1 << 20), b"")
         for block in scale.progress(blocks, -((file.tell() - size) >> 20), f"{part.name}, MiB:"):
@@ -185,16 +171,17 @@ def receive(url, part):
         if file.tell() < size:
             raise ConnectionError(f"cut off after {file.tell()} of {size} bytes")
     note.unlink()  # whole: nothing is to be resumed
+    return part
 
 def download(url, part):
-    """Fetch the file at `url` into `part`, or what an earlier try left; InputError if in vain."""
+    """Path `part` of the file at `url`, fetched in up to four tries; InputError if in vain."""
     part.parent.mkdir(parents=True, exist_ok=True)
     with reading(url, "run this again to go on, or download it by hand and add --from FILE"):
         for pause in (1, 2, 4):  # seconds
-            with suppress(OSError, HTTPException):
+            with suppress(OSError):
                 return receive(url, part)
             time.sleep(pause)
-        receive(url, part)
+        return receive(url, part)
 
 def fetch_weights(name, given=None):
     """Fill weights/<name>/ from `given`, a file or a folder; download what is missing then."""
@@ -205,19 +192,16 @@ def fetch_weights(name, given=None):
               if p == given or p.suffix in (".json", ".txt", ".safetensors", ".bin", ".pt", ".zip")}
     for file, address in RELEASES["weights"][name].items():
         target, (url, _, published) = HERE / name / file, address.partition("#")
-        source = offers.get(file, target.parent / ".download" / Path(url).name)
-        if file not in offers:
-            if target.exists():
-                continue
-            download(url, source)
-        with reading(source, f"get the whole file from {url} and add --from FILE"):
-            digest = scale.digest_file(source)
-            if file not in offers and digest != (published or digest):
-                raise ValueError(f"its sha256 is {digest} instead of {published}")
-            scale.replace_file(target, partial(convert, source))
-        shutil.rmtree(target.parent / ".download", ignore_errors=True)
-        target.with_name(file + ".sha256").write_text(f"{digest}  {source.name}\n")
-        print(f"{target} is ready, from {source.name} of sha256 {digest}")
+        if file in offers or not target.exists():
+            source = offers.get(file) or download(url, target.parent / ".download" / Path(url).name)
+            with reading(source, f"get the whole file from {url} and add --from FILE"):
+                digest = scale.digest_file(source)
+                if file not in offers and digest != (published or digest):
+                    raise ValueError(f"its sha256 is {digest} instead of {published}")
+                scale.replace_file(target, partial(convert, source))
+            shutil.rmtree(target.parent / ".download", ignore_errors=True)
+            target.with_name(file + ".sha256").write_text(f"{digest}  {source.name}\n")
+            print(f"{target} is ready, from {source.name} of sha256 {digest}")
 
 def main(argv=None):
     """Run the command line; return its exit code."""
@@ -233,11 +217,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     raw, out = args.raw, (args.data / args.release).resolve()
     rng = torch.Generator().manual_seed(args.seed)
-    return scale.guarded("data_prep.py", {
-        "weights": lambda: fetch_weights(str(raw), args.given),
-        "derm7p": lambda: prepare_derm7p(raw, out),
-        "padchest-gr": lambda: prepare_padchest(raw, out, rng, args.language, args.official_split),
-    }.get(args.release, lambda: prepare_folders(args.release, raw, out, rng)))
+    jobs = {"weights": (fetch_weights, str(raw), args.given), "derm7p": (prepare_derm7p, raw, out),
+            "padchest-gr": (prepare_padchest, raw, out, rng, args.language, args.official_split)}
+    job = jobs.get(args.release, (prepare_folders, args.release, raw, out, rng))
+    return scale.guarded("data_prep.py", partial(*job))
 
 if __name__ == "__main__":
     raise SystemExit(main())

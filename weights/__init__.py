@@ -1,8 +1,7 @@
 """Frozen encoders, a module a family, as functions over their checkpoint's own tensors `w` by name.
 
 Shared: the strict check of a checkpoint (one that loads by halves and still predicts is the worst
-failure), layers, `Backbone`. N images or texts of L tokens are W wide in a tower, D after it.
-"""
+failure), layers, `Backbone`. N images or texts of L tokens are W wide in a tower, D after it."""
 import hashlib
 import json
 from contextlib import contextmanager

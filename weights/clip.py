@@ -1,8 +1,7 @@
 """CLIP (Radford et al., 2021), frozen: OpenAI's, MONET and open_clip's of that architecture.
 
 A folder holds model.safetensors, merges.txt and vocab.json (or tokenizer.json), and what there is
-of Hugging Face's and open_clip's other json files. No ResNet towers, no repair of odd Unicode.
-"""
+of Hugging Face's and open_clip's other json files. No ResNet towers, no repair of odd Unicode."""
 import re
 import sys
 import unicodedata
@@ -30,10 +29,11 @@ def from_openai(tensors):
         out |= {name.replace("in_proj_", c + "_proj."): x for c, x in zip("qkv", cut, strict=False)}
     return out
 
-def read_towers(folder, w):
-    """Depth, heads and activation of each tower, by its name: as a json file states or usual."""
-    config, towers = read_json(folder / "config.json"), {}
-    model = read_json(folder / "open_clip_config.json").get("model_cfg", {})
+def read_settings(folder, w):
+    """Depth, heads, activation of the towers, mean, std, filter of pixels: as stated or usual."""
+    config, pixels, other = (read_json(folder / f"{name}.json") for name in (
+        "config", "preprocessor_config", "open_clip_config"))
+    model, settings = other.get("model_cfg", {}), {}
     usual = "gelu" if model and not model.get("quick_gelu") else "quick_gelu"
     for tower in ("vision", "text"):
         stated, theirs = config.get(tower + "_config", {}), model.get(tower + "_cfg", {})
@@ -42,22 +42,16 @@ def read_towers(folder, w):
         heads = theirs.get("heads", width // theirs.get("head_width", 64))
         names = "num_hidden_layers", "num_attention_heads", "hidden_act"
         given = map(stated.get, names, (theirs.get("layers", len(norms)), heads, usual))
-        depth, heads, activation = towers[tower] = tuple(given)
+        depth, heads, activation = settings[tower] = tuple(given)
         if activation not in ACTIVATIONS or not heads or width % heads:
             raise ValueError(f"{activation} and {heads} heads for a {tower} tower of width {width}")
-    return towers
-
-def read_pixels(folder, side):
-    """Mean, std, filter and side of the pixels: as a json file states or usual."""
-    path, other = folder / "preprocessor_config.json", read_json(folder / "open_clip_config.json")
-    given = read_json(path) or {"image_" + k: v for k, v in other.get("preprocess_cfg", {}).items()}
     monet = "monet" in folder.absolute().name.lower()
     usual = TABLES["pixels"]["imagenet" if monet else "clip"]
-    mean, std = given.get("image_mean", usual[0]), given.get("image_std", usual[1])
-    if monet and [mean, std] != usual:
-        print(f"warning: {path} normalises with mean {mean} and std {std}, but MONET was trained "
-              f"with ImageNet's {usual[0]} and {usual[1]}", file=sys.stderr)
-    return mean, std, given.get("resample", 3), side
+    stated = pixels or {"image_" + k: v for k, v in other.get("preprocess_cfg", {}).items()}
+    settings["pixels"] = {name: stated.get(name, value) for name, value in usual.items()}
+    if monet and settings["pixels"] != usual:
+        print(f"warning: {folder} states {settings['pixels']}; MONET used {usual}", file=sys.stderr)
+    return settings
 
 class CLIP(Backbone):
     """A frozen CLIP from a folder; InputError for whatever is missing or does not fit."""
@@ -68,11 +62,10 @@ class CLIP(Backbone):
         w = read_tensors(path)
         w = from_openai(w) if any(".resblocks." in name for name in w) else w
         with reading(path):
-            towers = read_towers(folder, w)
-            self.tensors = check_tensors(w, "clip", [row[0] for row in towers.values()])
-            side = int((len(w[PLACES]) - 1) ** .5) * w[PATCHES].shape[-1]
-            self.settings = towers | {"pixels": read_pixels(folder, side)}
-        self.last_block = f"vision_model.encoder.layers.{towers['vision'][0] - 1}."
+            self.settings = settings = read_settings(folder, w)
+            self.tensors = check_tensors(w, "clip", (settings["vision"][0], settings["text"][0]))
+            settings["pixels"]["side"] = int((len(w[PLACES]) - 1) ** .5) * w[PATCHES].shape[-1]
+        self.last_block = f"vision_model.encoder.layers.{settings['vision'][0] - 1}."
         old = folder / "merges.txt", folder / "vocab.json"  # the older kind of files
         self.files = old if old[0].exists() else [folder / "tokenizer.json"]
         with reading(self.files[0]):
@@ -80,13 +73,13 @@ class CLIP(Backbone):
             merges = self.files[0].read_text(encoding="utf-8").split("\n")
             if len(self.files) == 1:
                 self.vocab, merges = (self.vocab["model"][key] for key in ("vocab", "merges"))
-            merges = (tuple(m.split() if isinstance(m, str) else m) for m in merges)
-            self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+            pairs = (m.split() if isinstance(m, str) else m for m in merges)
+            self.ranks = {tuple(pair): rank for rank, pair in enumerate(pairs)}
             self.start, self.end = self.vocab["<|startoftext|>"], self.vocab["<|endoftext|>"]
-            made = {"".join(pair) for pair in self.ranks} | {"<|startoftext|>", "<|endoftext|>"}
-            lost = [t for t in self.vocab if len(t.removesuffix("</w>")) > 1 and t not in made]
+            long = {token for token in self.vocab if len(token.removesuffix("</w>")) > 1}
+            lost = len(long.difference(map("".join, self.ranks))) - 2  # but for start and end
             if lost or max(self.vocab.values()) >= len(w[self.words]):
-                raise ValueError(f"merges lack {len(lost)} tokens or ids pass {len(w[self.words])}")
+                raise ValueError(f"merges lack {lost} tokens or ids pass {len(w[self.words])}")
         self.context, self.logit_scale = len(w[CONTEXT]), w["logit_scale"].exp().item()
 
     def preprocess(self, image):
@@ -95,7 +88,7 @@ class CLIP(Backbone):
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        mean, std, resample, crop = self.settings["pixels"]
+        mean, std, resample, crop = self.settings["pixels"].values()
         size = [int(crop * side / min(image.size)) for side in image.size]
         left, top = ((side - crop) // 2 for side in size)
         image = image.convert("RGB").resize(size, resample)
@@ -133,9 +126,7 @@ class CLIP(Backbone):
 
     def image_tower(self, w, pixels, every_token=False):
         """Embeddings (N, D), not normalised, of pixels (N, 3, H, H); or of patches (N, L, D)."""
-        size = w[PATCHES].shape[2:]
-        x = F.unfold(pixels, size, stride=size).transpose(1, 2).contiguous()
-        x = F.linear(x, w[PATCHES].flatten(1))  # the convolution
+        x = F.conv2d(pixels, w[PATCHES], stride=w[PATCHES].shape[2:]).flatten(2).transpose(1, 2)
         x = torch.cat([w[CLASS].expand(len(x), 1, -1), x], 1) + w[PLACES]
         read = None if every_token else x.new_zeros(len(x), dtype=torch.long)
         x = self.transformer(w, "vision", norm(w, "vision_model.pre_layrnorm", x), read)

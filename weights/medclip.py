@@ -2,8 +2,7 @@
 
 A folder holds model.safetensors (medclip-vit's pytorch_model.bin, converted), Bio_ClinicalBERT's
 vocab.txt and, if wanted, preprocessor_config.json: {"resample": 3} is MedCLIPProcessor's bicubic
-filter; without it the bilinear one of MedCLIP's training and tests is used.
-"""
+filter; without it the bilinear one of MedCLIP's training and tests is used."""
 import unicodedata
 
 import numpy as np
@@ -14,8 +13,8 @@ from PIL import Image
 from . import Backbone, block, check_tensors, norm, read_json, read_tensors, reading
 
 VISION, TEXT = "vision_model.model.", "text_model.model."
-WORDS, PLACES, KINDS = (f"{TEXT}embeddings.{name}_embeddings.weight"
-                        for name in ("word", "position", "token_type"))
+WORDS, PLACES, KINDS = (f"{TEXT}embeddings.{name}.weight" for name in (
+    "word_embeddings", "position_embeddings", "token_type_embeddings"))
 STAGES, LAYERS, SIDE = (2, 2, 6, 2), 12, 224  # blocks in Swin's stages, blocks in BERT, pixels
 
 def is_medclip(folder):

@@ -2,32 +2,27 @@
 
 Entirely synthetic: no patient, no medical meaning. `python -m weights.phantoms` trains the demo's
 CLIP anew (6 min; not to the same bits): it learns the criteria's words in another clinic, whose
-camera differs and where rare signs are common, so that zero-shot meets a domain gap.
-"""
+camera differs and where rare signs are common, so that zero-shot meets a domain gap."""
 import shutil
-import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import save_file
 
-from data_prep import DERM7P, RELEASES, prepare_derm7p, read_table
+from data_prep import DERM7P, HERE, RELEASES, prepare_derm7p, read_table
 from scale import progress
 
-from . import HERE
 from .clip import CLIP
 
-SIZE = 96  # pixels
-GRID = np.arange(SIZE) + 1j * np.arange(SIZE)[:, None]  # pixels as complex numbers: x + iy
+GRID = np.arange(96) + 1j * np.arange(96)[:, None]  # a lesion's pixels as complex numbers: x + iy
 TABLES = RELEASES["phantoms"]
 COLOURS = {name: np.array(rgb) for name, rgb in TABLES["colours"].items()}
 
 def draw_marks(rgb, rng, centre, radius, row):
     """Draw a row of marks (radians, pixels), dots or lines that end in one, over rgb (H, W, 3)."""
     count, sector, near, far, turn, length, bend, width, ragged, blur, colour = row
-    canvas, first = Image.new("L", (2 * SIZE, 2 * SIZE)), rng.uniform(0, 2 * np.pi)
+    canvas, first = Image.new("L", (192, 192)), rng.uniform(0, 2 * np.pi)
     for k in range(count):
         side, size = rng.choice([-1, 1]), rng.uniform(1 - ragged, 1 + ragged)
         angle = first + sector * (.618 * k % 1) + .3 * ragged * rng.standard_normal()
@@ -42,9 +37,9 @@ def draw_marks(rgb, rng, centre, radius, row):
     return rgb + .8 * alpha[..., None] * (COLOURS[colour] - rgb)
 
 def draw_phantom(names, rng):
-    """One synthetic lesion (PIL image, SIZE x SIZE) that shows an expression of each criterion."""
+    """One synthetic lesion (PIL image, 96 x 96) that shows an expression of each criterion."""
     centre, radius = complex(*rng.uniform(43, 53, 2)), rng.uniform(27, 38)
-    field, dx, dy = (np.asarray(Image.fromarray(coarse).resize((SIZE, SIZE), 3)) for coarse in
+    field, dx, dy = (np.asarray(Image.fromarray(coarse).resize(GRID.shape, 3)) for coarse in
                      rng.standard_normal((3, 6, 6)).astype(np.float32))  # smooth noise
     inside = radius * (1 + .1 * field) - abs(GRID - centre)  # pixels to the outline
     rgb = COLOURS["skin"] * rng.uniform(.85, 1.08)
@@ -59,7 +54,7 @@ def draw_phantom(names, rng):
     for signs, *row in TABLES["marks"]:
         if shown.intersection(signs):
             rgb = draw_marks(rgb, rng, centre, radius, row)
-    rgb = rgb * rng.uniform(.92, 1.05, 3) + rng.normal(0, 4, (SIZE, SIZE, 1))  # light, noise
+    rgb = rgb * rng.uniform(.92, 1.05, 3) + rng.normal(0, 4, (*GRID.shape, 1))  # light, noise
     rgb = rgb * (1 - rng.uniform(0, .2) * abs(GRID / 48 - 1 - 1j) ** 2)[..., None]  # vignette
     rgb = np.clip(rgb, 0, 255).astype(np.uint8)
     return Image.fromarray(rgb).filter(ImageFilter.GaussianBlur(rng.uniform(.2, .8)))
@@ -68,8 +63,7 @@ def prepare_demo(data):
     """Draw the 1,011 lesions of weights/demo/meta, in Derm7p's numbers and correlated by a hidden
     severity, into <data>/demo/release_v0; prepare them as Derm7p; return the folder <data>/demo."""
     folder, meta = data / "demo", HERE / "demo" / "meta"
-    print(f"{folder}: drawing {RELEASES['demo']['note']}", file=sys.stderr)
-    for i, (_, row) in enumerate(read_table(meta / "meta.csv")):
+    for i, (_, row) in enumerate(progress(read_table(meta / "meta.csv"), 1011, "phantoms drawn:")):
         names = [known[row[criterion]] for criterion, known in DERM7P.items()]
         path = folder / "release_v0" / "images" / row["derm"]
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +91,8 @@ def pretrain(folder, steps=2000, batch=32):
         image = model.image_tower(w, torch.rot90(pixels[some], step, (2, 3)))
         texts = [rng.choice(TABLES["sentences"]).format(sign) for sign in signs]
         text = model.text_tower(w, *model.tokenize([*texts, "No finding."]))
-        cosine = F.normalize(image, dim=1) @ F.normalize(text, dim=1).T  # (batch, 29)
-        loss = F.binary_cross_entropy_with_logits(model.logit_scale * cosine - 1, suits[some])
+        cosine = torch.cosine_similarity(image[:, None], text, dim=2)  # (batch, 29)
+        loss = torch.nn.BCEWithLogitsLoss()(model.logit_scale * cosine - 1, suits[some])
         adam.zero_grad()
         loss.backward()
         adam.step()
