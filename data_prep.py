@@ -128,8 +128,8 @@ def prepare_folders(release, raw, folder, rng):
                 and not name.startswith("._")):  # nor is a second copy, deeper down, taken
             found.setdefault((SPLITS.get(part, ""), kind, name), path.relative_to(root).as_posix())
     have = [len({k for p, k, _ in found if p == part}) for part in ("", "train", "test")]
-    if have not in ([len(known), 0, 0], [0, len(known), len(known)]):  # without splits, or with
-        raise InputError(f"{raw} lacks one of {', '.join(known)}, in train or test too: {UNPACK}.")
+    if have not in ([len(known), 0, 0], [0, len(known), len(known)]):  # by split
+        raise InputError(f"{raw} lacks {' or '.join(known)}, alone or in train and test: {UNPACK}.")
     samples = [[image, "", kind, part, ""] for (part, kind, _), image in found.items()]
     truth = torch.tensor([[row[2] == kind for kind in known] for row in samples])
     held = scale.stratified_subset(truth, 0.3, rng)
