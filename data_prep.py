@@ -8,19 +8,24 @@ import ast
 import csv
 import io
 import json
+import shutil
+import time
 import zipfile
+from contextlib import suppress
 from functools import partial
-from itertools import product
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scale import HERE, guarded, open_image, progress, replace_file, stratified_subset, write_files
-from weights import InputError, reading
+import scale
+from weights import HERE, InputError, reading
 
-RELEASES = json.loads((HERE / "weights" / "releases.json").read_text("utf-8"))
+RELEASES = json.loads((HERE / "releases.json").read_bytes())
+DERM7P = {task["name"]: {c["concept"]: c["name"] for c in task["combinations"]}
+          for task in RELEASES["taxonomies"]["derm7p"]["tasks"]}  # criterion -> expression -> name
 UNPACK = "unpack the release again"
 SPLITS = {"train": "train", "validation": "valid", "val": "valid", "test": "test"}
 
@@ -32,45 +37,32 @@ def read_table(path):
         table = [(f"{path} row {n}", row) for n, row in enumerate(rows, 2)]
         return table or [(f"{path} without rows", {})]
 
-def write_prepared(release, folder, root, tasks, samples):
-    """Write both files from tasks, name -> [(combination, class, concept, images known)], and from
-    the rows of samples.csv; print the images of every combination beside those known."""
-    template, exclusive, settings = RELEASES["settings"][release]
+def write_prepared(release, folder, root, samples, **changes):
+    """Write taxonomy.json, with `changes`, and samples.csv; print images of each combination."""
     root = root.relative_to(folder) if root.is_relative_to(folder) else root
-    spec = {"tasks": [], **settings, "root": str(root)}
-    for task, rows in tasks.items():
-        _, classes, concepts, _ = ([*dict.fromkeys(part)] for part in zip(*rows, strict=True))
-        spec["tasks"].append({
-            "name": task, "exclusive": exclusive, "classes": classes, "concepts": concepts,
-            "combinations": [{"name": name, "class": kind, "concept": concept, "prompt":
-                              template.format(name)} for name, kind, concept, _ in rows]})
-    header = "image", "text", "labels", "split", "patient"
-    write_files(folder, {"taxonomy.json": json.dumps(spec), "samples.csv": [header, *samples]})
-    if not spec["note"]:  # not the demo
-        print(f"{'images':46}  train  valid   test    all  known  differ by")
-        for name, *_, known in sum(tasks.values(), []):
-            split = {row[0]: row[3] for row in samples if name in row[2].split(";")}
-            counts = [*map([*split.values()].count, ("train", "valid", "test")), len(split), known]
-            print(f"{name:46}", *(f"{n:6}" for n in counts), f"{len(split) - known:+10}")
-        print(f"{folder} is ready: python scale.py --dataset {folder} --frac 0.05")
+    spec = RELEASES["taxonomies"][release] | {"root": str(root)} | changes
+    head = "image", "text", "labels", "split", "patient"
+    scale.write_files(folder, {"taxonomy.json": json.dumps(spec), "samples.csv": [head, *samples]})
+    if changes:  # the demo
+        return
+    print(f"{'images':46}  train  valid   test    all  known  differ by")
+    for name, known in RELEASES["images"][release].items():
+        split = {row[0]: row[3] for row in samples if name in row[2].split(";")}
+        counts = *map([*split.values()].count, ("train", "valid", "test")), len(split), sum(known)
+        print(f"{name:46}", *(f"{n:6}" for n in counts), f"{len(split) - sum(known):+10}")
+    print(f"{folder} is ready: python scale.py --dataset {folder} --frac 0.05")
 
-
-# ---- Derm7p: the 28 expressions of the seven-point checklist -------------------------------------
-# criterion -> expression -> (score, images in the official train, valid, test split, name). A score
-# above 0 speaks for melanoma: the class belongs to the expression, not to the patient's diagnosis.
-DERM7P = RELEASES["derm7p"]
-
-def prepare_derm7p(raw, folder, release="derm7p"):
-    """Prepare release_v0. # Choice: the official splits, the dermoscopic images."""
+def prepare_derm7p(raw, folder, **changes):
+    """Prepare release_v0. # Choice: the official splits, the dermoscopic images; the class belongs
+    to the expression, by its score in the seven-point checklist, not to the patient's diagnosis."""
     raw, samples = raw.resolve() / ("release_v0" if (raw / "release_v0").is_dir() else ""), []
     root, meta = raw / "images", raw / "meta"
-    # Folder and file names differ in case from meta.csv: FCl/Fcl068.jpg lies in FCL/.
     images = (path.relative_to(root).as_posix() for path in root.glob("*/*"))
-    found = {image.lower(): image for image in images}
+    found = {image.lower(): image for image in images}  # meta.csv's FCl/Fcl068.jpg lies in FCL/
     for where, row in read_table(meta / "meta.csv"):
         with reading(where, UNPACK):
-            scores, *_, names = zip(*(DERM7P[c][row[c]] for c in DERM7P), strict=True)
-            if int(row["seven_point_score"]) != sum(scores):
+            names = [known[row[criterion]] for criterion, known in DERM7P.items()]
+            if int(row["seven_point_score"]) != sum(RELEASES["scores"].get(n, 0) for n in names):
                 raise ValueError("seven_point_score is not the sum of the expressions' scores")
             samples.append([found[row["derm"].lower()], "", ";".join(names), "", row["case_num"]])
     for part in ("train", "valid", "test"):
@@ -78,21 +70,15 @@ def prepare_derm7p(raw, folder, release="derm7p"):
             with reading(where, UNPACK):
                 samples[int(row["indexes"])][3] += part
     if wrong := [n for n, row in enumerate(samples) if row[3] not in ("train", "valid", "test")]:
-        raise InputError(f"{meta}: row {wrong[0]} of meta.csv, from 0, is in no split or in two; "
-                         f"{UNPACK}.")
-    tasks = {criterion: [(name, "melanoma" if score else "nevus", e, sum(known))
-                         for e, (score, *known, name) in expressions.items()]
-             for criterion, expressions in DERM7P.items()}
-    write_prepared(release, folder.resolve(), root, tasks, samples)
+        raise InputError(f"{meta}: row {wrong[0]}, from 0, is in no split or in two; {UNPACK}.")
+    write_prepared("derm7p", folder.resolve(), root, samples, **changes)
 
-
-# ---- PadChest-GR: 12 combinations, by the label and the locations of a finding (Sec. 2.3) --------
 def padchest_labels(label, locations):
     """Names of the combinations that a finding states, by all locations of one of their lists.
     # Choice: laminar atelectasis is none, blunted angles and loculated effusions are effusions; of
     the three angles the first that fits, so that one without a side is bilateral."""
-    fits = [name for name, kind, _, _, rule in RELEASES["padchest-gr"]
-            if label in RELEASES["labels"][kind] and any({*part} <= {*locations} for part in rule)]
+    fits = [name for labels, rules in RELEASES["rules"] if label in labels
+            for name, lists in rules.items() if any({*part} <= {*locations} for part in lists)]
     angles = [name for name in fits if name.endswith("angle")]
     return [name for name in fits if name not in angles[1:]]
 
@@ -116,9 +102,9 @@ def prepare_padchest(raw, folder, rng, language, official):
                 patients.setdefault(study[0], set()).add(name)
     if not stated:
         raise InputError(f"{path} states none of the combinations: {UNPACK}.")
-    tasks = [row[:4] for row in RELEASES["padchest-gr"]]
-    truth = torch.tensor([[row[0] in names for row in tasks] for names in patients.values()])
-    test = stratified_subset(truth, 0.15, rng)
+    known = RELEASES["images"]["padchest-gr"]
+    truth = torch.tensor([[name in names for name in known] for names in patients.values()])
+    test = scale.stratified_subset(truth, 0.15, rng)
     drawn = {patient: "test" if k in test else "train" for k, patient in enumerate(patients)}
     samples = [[image, text, ";".join(names), part if official else drawn[patient], patient]
                for (image, text, patient, part), names in stated.items()]
@@ -127,68 +113,95 @@ def prepare_padchest(raw, folder, rng, language, official):
     if lost := [name for name in todo if name not in found]:
         raise InputError(f"{raw} lacks {len(lost)} images, first {lost[0][7:]}: join and unpack "
                          "PadChest_GR.zip.001 to .037 there.")
-    for name in progress(todo, len(todo), "images"):
-        image = open_image(found[name]).convert("L")  # of 16 bits, long side over 2,000
+    for name in scale.progress(todo, len(todo), "images"):
+        image = scale.open_image(found[name]).convert("L")  # of 16 bits, long side over 2,000
         image.thumbnail((256, 256), Image.Resampling.BICUBIC)
-        replace_file(folder / name, partial(image.save, format="PNG"))
-    write_prepared("padchest-gr", folder, folder, {"findings": tasks}, samples)
+        scale.replace_file(folder / name, partial(image.save, format="PNG"))
+    write_prepared("padchest-gr", folder, folder, samples)
 
-
-# ---- Images in folders named by their class ------------------------------------------------------
 def prepare_folders(release, raw, folder, rng):
     """Prepare [train|val|test/]<class>/<image>. # Choice: or 15% test, 15% valid, by chance."""
-    known, root, found = RELEASES[release], raw.resolve(), {}
+    known, root, found = RELEASES["images"][release], raw.resolve(), {}
     for path in sorted(root.rglob("*.*"), key=lambda path: (len(path.parts), path)):
         part, kind, name = ("", "", *path.relative_to(root).as_posix().lower().split("/"))[-3:]
         if (kind in known and name.endswith((".png", ".jpg", ".jpeg")) and "_mask" not in name
                 and not name.startswith("._")):  # nor is a second copy, deeper down, taken
             found.setdefault((SPLITS.get(part, ""), kind, name), path.relative_to(root).as_posix())
-    have = {key[:2] for key in found if key[0] != "valid"}
-    if have not in ({*product(["train", "test"], known)}, {*product([""], known)}):
-        raise InputError(f"{raw} needs images in folders {', '.join(known)}, in train and test or "
-                         f"without splits: {UNPACK}.")
+    have = [len({k for p, k, _ in found if p == part}) for part in ("", "train", "test")]
+    if have not in ([len(known), 0, 0], [0, len(known), len(known)]):  # by split
+        raise InputError(f"{raw} lacks {' or '.join(known)}, alone or in train and test: {UNPACK}.")
     samples = [[image, "", kind, part, ""] for (part, kind, _), image in found.items()]
     truth = torch.tensor([[row[2] == kind for kind in known] for row in samples])
-    held = stratified_subset(truth, 0.3, rng)
-    test = held[stratified_subset(truth[held], 0.5, rng)]
+    held = scale.stratified_subset(truth, 0.3, rng)
+    test = held[scale.stratified_subset(truth[held], 0.5, rng)]
     for k, row in enumerate(samples):
         row[3] = row[3] or ("test" if k in test else "valid" if k in held else "train")
-    tasks = {"diagnosis": [(kind, kind, kind, count) for kind, count in known.items()]}
-    write_prepared(release, folder, root, tasks, samples)
+    write_prepared(release, folder, root, samples)
 
-
-# ---- Weights -------------------------------------------------------------------------------------
 def convert(source, target):
     """Write weights as safetensors, other files as they are, once they are seen to be whole."""
-    if source.suffix in (".json", ".txt"):
-        target.write_bytes(source.read_bytes())
+    if source.suffix in (".json", ".txt", ".safetensors"):
+        if source.suffix == ".safetensors":
+            load_file(source)
+        elif source.read_bytes().lstrip()[:1] == b"<":
+            raise ValueError("a web page in place of the file")
+        shutil.copyfile(source, target)
         return
     names = zipfile.ZipFile(source).namelist() if zipfile.is_zipfile(source) else []
     inner = [name for name in names if name.endswith("pytorch_model.bin")]  # MedCLIP's zip
-    if source.suffix == ".safetensors":
-        tensors = load_file(source)
-    elif any(name.endswith("constants.pkl") for name in names):  # TorchScript
+    if any(name.endswith("constants.pkl") for name in names):  # TorchScript
         tensors = torch.jit.load(source, "cpu").state_dict()
     else:
         file = io.BytesIO(zipfile.ZipFile(source).read(inner[0])) if inner else source
         tensors = torch.load(file, "cpu", weights_only=True, mmap=bool(names and not inner))
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target)
 
+def receive(url, part):
+    """Append to the file `part` what it lacks of the one at `url`; OSError if that is cut off."""
+    note = part.with_name(part.name + ".version")  # the ETag or date of what `part` holds
+    kept = max(part.stat().st_size - 1, 0) if note.exists() else 0  # no server sends 0 bytes
+    headers = {"Range": f"bytes={kept}-", "If-Range": note.read_text()} if kept else {}
+    with urlopen(Request(url, headers=headers), timeout=30) as answer, open(part, "ab") as file:
+        file.truncate(file.seek(kept if answer.status == 206 else 0))  # else all is sent again
+        note.write_text(answer.headers["ETag"] or answer.headers["Last-Modified"] or '"none"')
+        size = file.tell() + int(answer.headers["Content-Length"] or 0)
+        blocks = iter(partial(answer.read, 1 << 20), b"")
+        for block in scale.progress(blocks, -((file.tell() - size) >> 20), f"{part.name}, MiB:"):
+            file.write(block)
+        if file.tell() < size:
+            raise ConnectionError(f"cut off after {file.tell()} of {size} bytes")
+    note.unlink()  # whole: nothing is to be resumed
+    return part
+
+def download(url, part):
+    """Path `part` of the file at `url`, fetched in up to four tries; InputError if in vain."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with reading(url, "run this again to go on, or download it by hand and add --from FILE"):
+        for pause in (1, 2, 4):  # seconds
+            with suppress(OSError):
+                return receive(url, part)
+            time.sleep(pause)
+        return receive(url, part)
+
 def fetch_weights(name, given=None):
-    """Fill weights/<name>/ from `given`, a file or a folder; say where to get what is missing."""
+    """Fill weights/<name>/ from `given`, a file or a folder; download what is missing then."""
     if name not in RELEASES["weights"]:
         raise InputError(f"weights {name}: known are {', '.join(RELEASES['weights'])}.")
     offers = sorted(given.iterdir()) if given and given.is_dir() else [given] if given else []
     offers = {p.name if p.suffix in (".json", ".txt") else "model.safetensors": p for p in offers
               if p == given or p.suffix in (".json", ".txt", ".safetensors", ".bin", ".pt", ".zip")}
     for file, address in RELEASES["weights"][name].items():
-        target = HERE / "weights" / name / file
-        if file in offers:
-            with reading(offers[file], "it must be a whole file of tensors alone"):
-                replace_file(target, partial(convert, offers[file]))
-            print(f"{target} is ready")
-        elif not target.exists():
-            print(f"{target} is missing; it comes from {address.replace('#', ', sha256 ')}")
+        target, (url, _, published) = HERE / name / file, address.partition("#")
+        if file in offers or not target.exists():
+            source = offers.get(file) or download(url, target.parent / ".download" / Path(url).name)
+            with reading(source, f"get the whole file from {url} and add --from FILE"):
+                digest = scale.digest_file(source)
+                if file not in offers and digest != (published or digest):
+                    raise ValueError(f"its sha256 is {digest} instead of {published}")
+                scale.replace_file(target, partial(convert, source))
+            shutil.rmtree(target.parent / ".download", ignore_errors=True)
+            target.with_name(file + ".sha256").write_text(f"{digest}  {source.name}\n")
+            print(f"{target} is ready, from {source.name} of sha256 {digest}")
 
 def main(argv=None):
     """Run the command line; return its exit code."""
@@ -204,11 +217,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     raw, out = args.raw, (args.data / args.release).resolve()
     rng = torch.Generator().manual_seed(args.seed)
-    return guarded("data_prep.py", {
-        "weights": lambda: fetch_weights(str(raw), args.given),
-        "derm7p": lambda: prepare_derm7p(raw, out),
-        "padchest-gr": lambda: prepare_padchest(raw, out, rng, args.language, args.official_split),
-    }.get(args.release, lambda: prepare_folders(args.release, raw, out, rng)))
+    jobs = {"weights": (fetch_weights, str(raw), args.given), "derm7p": (prepare_derm7p, raw, out),
+            "padchest-gr": (prepare_padchest, raw, out, rng, args.language, args.official_split)}
+    job = jobs.get(args.release, (prepare_folders, args.release, raw, out, rng))
+    return scale.guarded("data_prep.py", partial(*job))
 
 if __name__ == "__main__":
     raise SystemExit(main())

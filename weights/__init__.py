@@ -1,10 +1,8 @@
 """Frozen encoders, a module a family, as functions over their checkpoint's own tensors `w` by name.
 
 Shared: the strict check of a checkpoint (one that loads by halves and still predicts is the worst
-failure), layers, `Backbone`. N images or texts of L tokens are W wide in a tower, D after it.
-"""
+failure), layers, `Backbone`. N images or texts of L tokens are W wide in a tower, D after it."""
 import hashlib
-import inspect
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,18 +11,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-TENSORS = Path(__file__).with_name("tensors.json")
-TABLES = json.loads(TENSORS.read_bytes())  # of the checkpoints: see check_tensors
+HERE = Path(__file__).parent
+TABLES = json.loads((HERE / "tensors.json").read_bytes())  # names and shapes of the checkpoints
 
 class InputError(Exception):
     """A mistake in the user's input: one sentence that names the thing and the mending command."""
 
 @contextmanager
 def reading(path, mend=None):
-    """Around the reading of a user's file: whatever goes wrong in there becomes an InputError.
-
-    mend: what to do; None: the command that gets the checkpoint of weights/<name>/ again.
-    """
+    """While a user's file is read, whatever goes wrong becomes an InputError that says what to do:
+    `mend`, or else the command that gets the checkpoint of weights/<name>/ again."""
     name = Path(path).absolute().parent.name
     get = "git checkout weights/demo" if name == "demo" else f"python data_prep.py weights {name}"
     try:
@@ -48,10 +44,8 @@ def read_tensors(path):
 
 def check_tensors(tensors, family, depths):
     """The tensors that a family uses; ValueError for whatever is missing, unknown or misshapen.
-
     tensors.json names them: each # counts up to the next of `depths`, a letter is one size over 1
-    wherever it stands. Only vectors are searched for NaN: all would be to read the whole file.
-    """
+    wherever it stands. Only vectors are searched for NaN: all would be to read the whole file."""
     expected, ignored, depths = {}, tuple(TABLES[family]["ignored"]), iter(depths)
     for prefix, shapes in TABLES[family]["used"].items():
         for i in range(next(depths) if "#" in prefix else 1):
@@ -71,15 +65,12 @@ def norm(w, name, x, eps=1e-5):
     """LayerNorm of the last dimension of x by `name`.weight and `name`.bias."""
     return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w[name + ".bias"], eps)
 
-def block(w, p, names, x, heads, mask=None, causal=False, read=None, act=F.gelu, factor=1.,
-          post=False, eps=1e-5):
-    """x (N, L, W) after block `p` of a transformer; with `read` (N,) only its tokens there.
-
-    The activation is act(factor x) / factor; the norms come first in each half, or last (`post`).
-    """
+def block(w, p, kind, x, heads, mask=None, causal=False, read=None, act=F.gelu, factor=1.):
+    """x (N, L, W) after block `p` of a transformer; with `read` (N,) only its tokens there. The
+    activation is act(factor x) / factor; the norms come first in each half, last in BERT's."""
     q, k, v, out, fc1, fc2, one, two = (
-        (w[f"{p}{name}.weight"], w[f"{p}{name}.bias"]) for name in names)
-    width = x.shape[2:]
+        (w[f"{p}{name}.weight"], w[f"{p}{name}.bias"]) for name in TABLES["blocks"][kind])
+    width, post, eps = x.shape[2:], kind == "bert", 1e-12 if kind == "bert" else 1e-5
     asking = y = x if post else F.layer_norm(x, width, *one, eps)
     if read is not None:  # (N, 1, W)
         x, asking = (z[torch.arange(len(z), device=z.device), read][:, None] for z in (x, y))
@@ -106,8 +97,8 @@ class Backbone:
 
     def describe(self):
         """All beyond the tensors that changes an embedding, ready for JSON."""
-        code = Path(__file__), TENSORS, Path(inspect.getfile(type(self)))
-        words = b"".join(file.read_bytes() for file in (*self.files, *code))
+        files = *self.files, HERE / "tensors.json", *sorted(HERE.glob("*.py"))
+        words = b"".join(file.read_bytes() for file in files)
         return self.settings | {"files": hashlib.sha256(words).hexdigest()}
 
     def tokenize(self, texts):

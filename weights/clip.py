@@ -1,8 +1,7 @@
 """CLIP (Radford et al., 2021), frozen: OpenAI's, MONET and open_clip's of that architecture.
 
 A folder holds model.safetensors, merges.txt and vocab.json (or tokenizer.json), and what there is
-of Hugging Face's and open_clip's other json files. No ResNet towers, no repair of odd Unicode.
-"""
+of Hugging Face's and open_clip's other json files. No ResNet towers, no repair of odd Unicode."""
 import re
 import sys
 import unicodedata
@@ -15,12 +14,9 @@ from PIL import Image
 from . import TABLES, Backbone, block, check_tensors, norm, read_json, read_tensors, reading
 
 ACTIVATIONS = {"quick_gelu": (F.silu, 1.702), "gelu": (F.gelu, 1.0)}  # f, c of f(c x) / c
-CONTEXT = "text_model.embeddings.position_embedding.weight"
 CLASS, PATCHES, PLACES = ("vision_model.embeddings." + name for name in (
     "class_embedding", "patch_embedding.weight", "position_embedding.weight"))
-VISION, TEXT = "vision_model.encoder.layers.#.", "text_model.encoder.layers.#."  # their blocks
-BLOCK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
-         "mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2")
+CONTEXT = "text_model.embeddings.position_embedding.weight"
 
 def from_openai(tensors):
     """OpenAI's or open_clip's tensors under Hugging Face's names; views, nothing is copied."""
@@ -33,34 +29,29 @@ def from_openai(tensors):
         out |= {name.replace("in_proj_", c + "_proj."): x for c, x in zip("qkv", cut, strict=False)}
     return out
 
-def read_towers(folder, w):
-    """Prefix of each tower's blocks -> depth, heads, activation: as a json file states or usual."""
-    config, towers = read_json(folder / "config.json"), {}
-    model = read_json(folder / "open_clip_config.json").get("model_cfg", {})
+def read_settings(folder, w):
+    """Depth, heads, activation of the towers, mean, std, filter of pixels: as stated or usual."""
+    config, pixels, other = (read_json(folder / f"{name}.json") for name in (
+        "config", "preprocessor_config", "open_clip_config"))
+    model, settings = other.get("model_cfg", {}), {}
     usual = "gelu" if model and not model.get("quick_gelu") else "quick_gelu"
-    for tower, prefix in (("vision", VISION), ("text", TEXT)):
+    for tower in ("vision", "text"):
         stated, theirs = config.get(tower + "_config", {}), model.get(tower + "_cfg", {})
         norms = [w[n].numel() for n in w if re.match(tower + r".*\.layer_norm1\.weight", n)]
         width = max(norms, key=norms.count, default=0)  # the usual one
         heads = theirs.get("heads", width // theirs.get("head_width", 64))
         names = "num_hidden_layers", "num_attention_heads", "hidden_act"
         given = map(stated.get, names, (theirs.get("layers", len(norms)), heads, usual))
-        depth, heads, activation = towers[prefix] = tuple(given)
+        depth, heads, activation = settings[tower] = tuple(given)
         if activation not in ACTIVATIONS or not heads or width % heads:
             raise ValueError(f"{activation} and {heads} heads for a {tower} tower of width {width}")
-    return towers
-
-def read_pixels(folder, side):
-    """Mean, std, filter and side of the pixels: as a json file states or usual."""
-    path, other = folder / "preprocessor_config.json", read_json(folder / "open_clip_config.json")
-    given = read_json(path) or {"image_" + k: v for k, v in other.get("preprocess_cfg", {}).items()}
     monet = "monet" in folder.absolute().name.lower()
     usual = TABLES["pixels"]["imagenet" if monet else "clip"]
-    mean, std = given.get("image_mean", usual[0]), given.get("image_std", usual[1])
-    if monet and [mean, std] != usual:
-        print(f"warning: {path} normalises with mean {mean} and std {std}, but MONET was trained "
-              f"with ImageNet's {usual[0]} and {usual[1]}", file=sys.stderr)
-    return mean, std, given.get("resample", 3), side
+    stated = pixels or {"image_" + k: v for k, v in other.get("preprocess_cfg", {}).items()}
+    settings["pixels"] = {name: stated.get(name, value) for name, value in usual.items()}
+    if monet and settings["pixels"] != usual:
+        print(f"warning: {folder} states {settings['pixels']}; MONET used {usual}", file=sys.stderr)
+    return settings
 
 class CLIP(Backbone):
     """A frozen CLIP from a folder; InputError for whatever is missing or does not fit."""
@@ -71,11 +62,10 @@ class CLIP(Backbone):
         w = read_tensors(path)
         w = from_openai(w) if any(".resblocks." in name for name in w) else w
         with reading(path):
-            towers = read_towers(folder, w)
-            self.tensors = check_tensors(w, "clip", [row[0] for row in towers.values()])
-            side = int((len(w[PLACES]) - 1) ** .5) * w[PATCHES].shape[-1]
-            self.settings = towers | {"pixels": read_pixels(folder, side)}
-        self.last_block = VISION.replace("#", str(towers[VISION][0] - 1))
+            self.settings = settings = read_settings(folder, w)
+            self.tensors = check_tensors(w, "clip", (settings["vision"][0], settings["text"][0]))
+            settings["pixels"]["side"] = int((len(w[PLACES]) - 1) ** .5) * w[PATCHES].shape[-1]
+        self.last_block = f"vision_model.encoder.layers.{settings['vision'][0] - 1}."
         old = folder / "merges.txt", folder / "vocab.json"  # the older kind of files
         self.files = old if old[0].exists() else [folder / "tokenizer.json"]
         with reading(self.files[0]):
@@ -83,23 +73,22 @@ class CLIP(Backbone):
             merges = self.files[0].read_text(encoding="utf-8").split("\n")
             if len(self.files) == 1:
                 self.vocab, merges = (self.vocab["model"][key] for key in ("vocab", "merges"))
-            merges = (tuple(m.split() if isinstance(m, str) else m) for m in merges)
-            self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+            pairs = (m.split() if isinstance(m, str) else m for m in merges)
+            self.ranks = {tuple(pair): rank for rank, pair in enumerate(pairs)}
             self.start, self.end = self.vocab["<|startoftext|>"], self.vocab["<|endoftext|>"]
-            made = {"".join(pair) for pair in self.ranks} | {"<|startoftext|>", "<|endoftext|>"}
-            lost = [t for t in self.vocab if len(t.removesuffix("</w>")) > 1 and t not in made]
+            long = {token for token in self.vocab if len(token.removesuffix("</w>")) > 1}
+            lost = len(long.difference(map("".join, self.ranks))) - 2  # but for start and end
             if lost or max(self.vocab.values()) >= len(w[self.words]):
-                raise ValueError(f"merges lack {len(lost)} tokens or ids pass {len(w[self.words])}")
+                raise ValueError(f"merges lack {lost} tokens or ids pass {len(w[self.words])}")
         self.context, self.logit_scale = len(w[CONTEXT]), w["logit_scale"].exp().item()
 
     def preprocess(self, image):
         """(3, H, H) of a PIL image as by Hugging Face's CLIPImageProcessor: RGB over white, short
-        side to H, centre crop, (x / 255 - mean) / std. Grey of 16 bits is to be scaled before.
-        """
+        side to H, centre crop, (x / 255 - mean) / std. Grey of 16 bits is to be scaled before."""
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        mean, std, resample, crop = self.settings["pixels"]
+        mean, std, resample, crop = self.settings["pixels"].values()
         size = [int(crop * side / min(image.size)) for side in image.size]
         left, top = ((side - crop) // 2 for side in size)
         image = image.convert("RGB").resize(size, resample)
@@ -127,27 +116,25 @@ class CLIP(Backbone):
         return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{numerals}]+|[\d{numerals}]|"
                           r"(?:[^\s\w]|[_\x1c-\x1f])+", text)
 
-    def transformer(self, w, prefix, x, read=None):
+    def transformer(self, w, tower, x, read=None):
         """x (N, L, W) after all blocks; (N, 1, W) if only its tokens at `read` (N,) are of use."""
-        depth, heads, activation = self.settings[prefix]
+        depth, heads, activation = self.settings[tower]
         for i in range(depth):
-            x = block(w, prefix.replace("#", str(i)), BLOCK, x, heads, None, prefix == TEXT,
-                      read if i == depth - 1 else None, *ACTIVATIONS[activation])
+            x = block(w, f"{tower}_model.encoder.layers.{i}.", "clip", x, heads, None,
+                      tower == "text", read if i == depth - 1 else None, *ACTIVATIONS[activation])
         return x
 
     def image_tower(self, w, pixels, every_token=False):
         """Embeddings (N, D), not normalised, of pixels (N, 3, H, H); or of patches (N, L, D)."""
-        size = w[PATCHES].shape[2:]
-        x = F.unfold(pixels, size, stride=size).transpose(1, 2).contiguous()
-        x = F.linear(x, w[PATCHES].flatten(1))  # the convolution
+        x = F.conv2d(pixels, w[PATCHES], stride=w[PATCHES].shape[2:]).flatten(2).transpose(1, 2)
         x = torch.cat([w[CLASS].expand(len(x), 1, -1), x], 1) + w[PLACES]
         read = None if every_token else x.new_zeros(len(x), dtype=torch.long)
-        x = self.transformer(w, VISION, norm(w, "vision_model.pre_layrnorm", x), read)
+        x = self.transformer(w, "vision", norm(w, "vision_model.pre_layrnorm", x), read)
         x = norm(w, "vision_model.post_layernorm", x) @ w["visual_projection.weight"].T
         return x[:, 1:] if every_token else x[:, 0]
 
     def text_tower(self, w, tokens, lengths):
         """Embeddings (N, D), not normalised, of ids (N, L) or token embeddings (N, L, W)."""
         x = F.embedding(tokens, w[self.words]) if tokens.ndim == 2 else tokens
-        x = self.transformer(w, TEXT, x + w[CONTEXT][:x.shape[1]], lengths - 1)
+        x = self.transformer(w, "text", x + w[CONTEXT][:x.shape[1]], lengths - 1)
         return norm(w, "text_model.final_layer_norm", x[:, 0]) @ w["text_projection.weight"].T

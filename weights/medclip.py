@@ -2,32 +2,24 @@
 
 A folder holds model.safetensors (medclip-vit's pytorch_model.bin, converted), Bio_ClinicalBERT's
 vocab.txt and, if wanted, preprocessor_config.json: {"resample": 3} is MedCLIPProcessor's bicubic
-filter; without it the bilinear one of MedCLIP's training and tests is used.
-"""
+filter; without it the bilinear one of MedCLIP's training and tests is used."""
 import unicodedata
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 
 from . import Backbone, block, check_tensors, norm, read_json, read_tensors, reading
 
 VISION, TEXT = "vision_model.model.", "text_model.model."
-WORDS, PLACES, KINDS = (f"{TEXT}embeddings.{name}_embeddings.weight"
-                        for name in ("word", "position", "token_type"))
+WORDS, PLACES, KINDS = (f"{TEXT}embeddings.{name}.weight" for name in (
+    "word_embeddings", "position_embeddings", "token_type_embeddings"))
 STAGES, LAYERS, SIDE = (2, 2, 6, 2), 12, 224  # blocks in Swin's stages, blocks in BERT, pixels
-BLOCK = ("attention.self.query", "attention.self.key", "attention.self.value",
-         "attention.output.dense", "intermediate.dense", "output.dense")
-BERT = *BLOCK, "attention.output.LayerNorm", "output.LayerNorm"
-SWIN = *BLOCK, "layernorm_before", "layernorm_after"
 
 def is_medclip(folder):
-    """Whether a folder's model.safetensors has MedCLIP's names; InputError if cut."""
-    path = folder / "model.safetensors"
-    with reading(path):
-        return path.exists() and any(n.startswith(VISION) for n in safe_open(path, "pt").keys())
+    """Whether a folder is MedCLIP's: no CLIP has the file of BERT's vocabulary."""
+    return (folder / "vocab.txt").exists()
 
 def swin_block(w, p, x, shift):
     """x (N, side^2, W) after a block with attention in windows of 7 x 7, shifted by `shift`."""
@@ -40,7 +32,7 @@ def swin_block(w, p, x, shift):
     bias = w[f"{p}attention.self.relative_position_bias_table"].T[:, near * (13 * dy + dx + 84)]
     bias = bias.masked_fill(~near, -100).transpose(0, 1)  # (windows, heads, 49, 49)
     x = x.index_select(1, cells.flatten()).view(-1, 49, x.shape[2])
-    x = block(w, p, SWIN, x, bias.shape[1], mask=bias.repeat(n if shift else 1, 1, 1, 1))
+    x = block(w, p, "swin", x, bias.shape[1], mask=bias.repeat(n if shift else 1, 1, 1, 1))
     return x.view(n, side * side, -1).index_select(1, cells.flatten().argsort())
 
 class MedCLIP(Backbone):
@@ -112,7 +104,7 @@ class MedCLIP(Backbone):
         x, states = norm(w, TEXT + "embeddings.LayerNorm", x, 1e-12), []
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (N, L)
         for p in (f"{TEXT}encoder.layer.{i}." for i in range(LAYERS)):
-            x = block(w, p, BERT, x, x.shape[2] // 64, real[:, None, None], post=True, eps=1e-12)
+            x = block(w, p, "bert", x, x.shape[2] // 64, real[:, None, None])
             states.append(x)
         # Choice: the mean leaves padding out. MedCLIP's own has it in, so that there an embedding
         # depends on the longest text of its batch.
