@@ -45,7 +45,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from safetensors import SafetensorError
@@ -101,6 +100,9 @@ class Config:
     rows: str = flag("unit", "rows of Q in Eq. 2: unit length, or raw as written", True, "unit|raw")
     ce: str = flag("softmax", "entropies of Eq. 3; bce: one for each margin", True, "softmax|bce")
     negative_prompt: str = flag("", "second prompt of the AUC; default: the data set's own")
+
+    named = property(lambda self: {f.name: getattr(self, f.name) for f in fields(self)
+                                   if f.metadata["named"]})  # what makes another run
 
 def parse(argv):
     """Command line -> what to call. Errors: argparse's (exit code 2), InputError for bad values."""
@@ -268,15 +270,6 @@ def progress(items, total, label):
             line = f"{label} {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left"
             sys.stderr.write(line.ljust(79 * live) + ("\r" if live and done < total else "\n"))
 
-def share(items):
-    """Those of a list that this process of torchrun is to do; all of them without torchrun."""
-    return items[int(os.environ.get("RANK", 0))::int(os.environ.get("WORLD_SIZE", 1))]
-
-def meet():
-    """Wait for the other processes of torchrun; they share --out and --data."""
-    if dist.is_initialized():
-        dist.barrier()
-
 def replace_file(path, write):
     """Call write(temporary path), then rename: a file or folder under its final name is whole."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -327,29 +320,23 @@ def augment(image, view):
 def add_noise(text, share, rng):
     """The text with each word, at probability `share`, dropped or swapped with the next."""
     words = text.split()
-    for at in np.flatnonzero(rng.random(len(words)) < share)[::-1]:
-        word = words.pop(at)
-        words[at + 1:at + 1] = [word] * (rng.random() < 0.5)
-    return " ".join(words) if share else text
+    chance = rng.random(len(words)) / share if share else np.ones(len(words))
+    order = np.argsort(np.arange(len(words)) + 1.5 * (chance < 0.5), kind="stable")
+    return " ".join(words[at] for at in order if not 0.5 <= chance[at] < 1) if share else text
 
 def digest_file(path):
     """sha256 of a file's bytes; InputError if it cannot be read."""
     with reading(path, "restore it, or leave it out (of samples.csv)"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def read_cache(folder):
-    """Key -> feature (D,) of all that a folder holds."""
-    cache = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(SafetensorError):  # damaged: computed again
-            cache |= load_file(path)
-    return cache
-
 def embed(keys, items, folder, load, encode):
     """Unit features (N, D) of N items; a key, a hash of the content, names each in the cache.
     folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit."""
-    cache, items = read_cache(folder), dict(zip(keys, items, strict=True))
-    batches = share([list(items)[i:i + 32] for i in range(0, len(items), 32)])
+    cache, items = {}, dict(zip(keys, items, strict=True))
+    for path in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(SafetensorError):  # damaged: computed again
+            cache |= load_file(path)
+    batches = [list(items)[i:i + 32] for i in range(0, len(items), 32)]
     todo = [batch for batch in batches if not cache.keys() >= set(batch)]
     with ThreadPoolExecutor(4) as pool:  # pairwise: the next is loaded while one is encoded
         loaded = itertools.pairwise(pool.map(load, map(items.get, batch)) for batch in [*todo, []])
@@ -359,14 +346,12 @@ def embed(keys, items, folder, load, encode):
             new = {key: feature for key, feature in features if key not in cache}
             name = hashlib.sha256("".join(new).encode()).hexdigest() + ".safetensors"
             write_files(folder, {name: save(new)})
-    meet()
-    cache = read_cache(folder)
+            cache |= new
     return torch.stack([cache[key] for key in keys])
 
 def embed_both(pictures, texts, name, config):
     """Unit features of pictures and texts by backbone `name`, it, and its checkpoint's sha256."""
-    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = config.device.replace("auto", own)
+    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
     with reading(f"--device {device}", "try --device cpu"):
         backbone = load_backbone(name, device, getattr(torch, config.dtype))
     checkpoint = digest_file(backbone.path)
@@ -710,14 +695,10 @@ def evaluate(margins, truth, trained, taxonomy):
                         for h, name in enumerate(taxonomy.combination.names)}}
 
 # ---- 9. Runs: one folder per method, fraction and split ------------------------------------------
-def settings_of(config):
-    """The fields of a configuration that make another run."""
-    return {f.name: getattr(config, f.name) for f in fields(Config) if f.metadata["named"]}
-
 def run_folder(config, origin):
     """<out>/<dataset>-<backbone>-<method>-<frac>-s<seed>, and every setting off its default."""
-    plain = settings_of(Config(config.dataset, config.frac, config.method, seed=config.seed))
-    changed = [f"{name}={x}" for name, x in settings_of(config).items() if x != plain[name]]
+    plain = Config(config.dataset, config.frac, config.method, seed=config.seed).named
+    changed = [f"{name}={x}" for name, x in config.named.items() if x != plain[name]]
     name = "-".join([Path(config.dataset).name, Path(origin["backbone"]).name, config.method,
                      f"{config.frac:g}", f"s{config.seed}", *changed])
     return Path(config.out) / "".join(c if c.isalnum() or c in ".,=_-" else "_" for c in name)
@@ -732,7 +713,7 @@ def run_once(config, data):
     classes = at_level(truth, samples.taxonomy.klass)
     rows = train[stratified_subset(torch.cat([truth, classes], 1)[train], config.frac, generator)]
     folder, seen = run_folder(config, data.origin), {"train_rows": rows.tolist()}
-    settings = json.dumps(settings_of(config) | data.origin | seen, indent=1)
+    settings = json.dumps(config.named | data.origin | seen, indent=1)
     if not ((stored := folder / "config.json").is_file() and stored.read_text() == settings):
         for missing in itertools.compress(samples.taxonomy.klass.names, ~classes[rows].any(0)):
             raise InputError(f"class {missing!r} has none of the {len(rows)} training images of "
@@ -924,19 +905,20 @@ def draw_sheet(rows):
 
 # ---- 11. Commands: predictions with reasons, by a finished run; comparisons, by all methods ------
 def explain(cosines, taxonomy, logit_scale):
-    """Yield (task, its class probabilities, two deciding combinations) of cosines (H + 1,)."""
-    z, margins = cosines[:-1], logit_scale * (cosines[:-1] - cosines[-1])
+    """{task: its class probabilities, two deciding combinations} of cosines (H + 1,)."""
+    z, margins, told = cosines[:-1], logit_scale * (cosines[:-1] - cosines[-1]), {}
     combinations, classes = taxonomy.combination, taxonomy.klass
     for task, own, klass in zip(taxonomy.tasks, combinations.own, classes.own, strict=True):
         shares = at_level(margins[None], classes)[0, klass]
-        shares = shares.softmax(0) if task["exclusive"] else shares.sigmoid()
+        shares = (shares.softmax(0) if task["exclusive"] else shares.sigmoid()).tolist()
         names = itertools.compress(classes.names, klass)
-        yield task["name"], {
-            "classes": {name: round(p.item(), 4) for name, p in zip(names, shares, strict=True)},
+        told[task["name"]] = {
+            "classes": {name: round(p, 4) for name, p in zip(names, shares, strict=True)},
             "decided_by": {combinations.names[h]: {
                 "similarity": round(z[h].item(), 4),
                 "two_prompt_probability": round(margins[h].sigmoid().item(), 4)}
                 for h in z.where(own, -math.inf).topk(min(2, own.sum())).indices}}
+    return told
 
 def load_adapters(folder):
     """config.json of a finished run of `scale` as a dict, and its two adapters, frozen."""
@@ -962,7 +944,7 @@ def predict(config):
     """Print, and write to <out>/predictions.json, the classes of images and what decided them."""
     stored, look, images, texts, backbone = embed_adapted(config, config.predict)
     taxonomy, files = make_taxonomy(stored["taxonomy"]), {}
-    results = {path: dict(explain(z, taxonomy, backbone.logit_scale))
+    results = {path: explain(z, taxonomy, backbone.logit_scale)
                for path, z in zip(config.predict, images @ texts.T, strict=True)}
     for n, (path, reasons) in enumerate(results.items()):
         for task, x in reasons.items():
@@ -1025,13 +1007,9 @@ def start_worker():
 
 def run_all(jobs, given):
     """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
-    mine = share([*zip(jobs, given, strict=True)])
     with ProcessPoolExecutor(min(32, os.cpu_count()), None, start_worker) as pool:
-        results = (pool.map if given[0].images.is_cpu else map)(run_once, *zip(*mine, strict=True))
-        done = [*progress(results, len(mine), "run")]
-    meet()
-    done = done if len(mine) == len(jobs) else map(run_once, jobs, given)  # finished: read
-    return [*zip(jobs, done, strict=True)]
+        results = (pool.map if given[0].images.is_cpu else map)(run_once, jobs, given)
+        return list(zip(jobs, progress(results, len(jobs), "run"), strict=True))
 
 def search(config, data, splits):
     """Rank all weights out of 0, .1, 1 of Eq. 3 by class-concept F1 on the validation split."""
@@ -1071,9 +1049,6 @@ def compare(config):
 def guarded(script, action):
     """Exit code of action(): 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""
     try:
-        if "RANK" in os.environ and not dist.is_initialized():  # by torchrun
-            dist.init_process_group("gloo")
-            sys.stdout = open(os.devnull, "w") if dist.get_rank() else sys.stdout
         action()
     except (InputError, OSError) as error:
         print(f"{script}: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 Entirely synthetic: no patient, no medical meaning. `python -m weights.phantoms` trains the demo's
 CLIP anew (6 min; not to the same bits): it learns the criteria's words in another clinic, whose
 camera differs and where rare signs are common, so that zero-shot meets a domain gap."""
+import functools
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import save_file
 
 from data_prep import DERM7P, HERE, RELEASES, prepare_derm7p, read_table
-from scale import progress
+from scale import progress, replace_file
 
 from .clip import CLIP
 
@@ -66,8 +67,8 @@ def prepare_demo(data):
     for i, (_, row) in enumerate(progress(read_table(meta / "meta.csv"), 1011, "phantoms drawn:")):
         names = [known[row[criterion]] for criterion, known in DERM7P.items()]
         path = folder / "release_v0" / "images" / row["derm"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draw_phantom(names, np.random.default_rng([0, i])).save(path, quality=92)
+        lesion = draw_phantom(names, np.random.default_rng([0, i]))
+        replace_file(path, functools.partial(lesion.save, format="JPEG", quality=92))
     shutil.copytree(meta, folder / "release_v0" / "meta", dirs_exist_ok=True)
     prepare_derm7p(folder, folder, **RELEASES["demo"])
     return folder
