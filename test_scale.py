@@ -511,7 +511,7 @@ def test_supcon_compile_autocast_and_memory():
         assert_same(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, g), loss(x, g), x)
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(loss(x, g), loss(x, g), x, 0, 0)  # also: the same bits from run to run
-    torch.library.opcheck(supcon.all_pairs, (x, g, x.detach().norm(), None, 80, True, False, None))
+    torch.library.opcheck(supcon.all_pairs, (x, g, x.detach().norm(), None, 80, True, False, False, None))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, id):
         supcon_loss(unit_rows(900, 16), torch.arange(900) % 9)
     assert sum(sizes) < 900 * 16 * 5
@@ -568,7 +568,7 @@ def test_triton_in_interpreter():
             slopes = []  # exact, of plain float32, of Triton
             for z, triton in ((x, False), (x.float(), False), (x.float(), True)):
                 lse, total, count = supcon.all_pairs(
-                    z, g, z.new_tensor(.2), None, rows, alone, triton, None)[0][:, :rows]
+                    z, g, z.new_tensor(25.), None, rows, alone, False, triton, None)[0][:, :rows]
                 loss = torch.where(count > 0, lse - total / count.clamp(min=1), 0).sum()
                 slopes += [loss, *torch.autograd.grad(loss, x)]
             for a, b, c in zip(slopes[:2], slopes[2:4], slopes[4:], strict=True):

@@ -44,13 +44,13 @@ def _log2_sum(x, dim):
     top = x.amax(dim, keepdim=True)
     return (x - top).exp2_().sum(dim).log2_() + top.squeeze(dim)
 
-def _torch_tile(a, b, a_labels, b_labels, itself, rows=None, cols=None):
+def _torch_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
     """(lse, positive sum, count) of the tile's rows (1, 3, R) and of its columns (1, 3, C).
 
     Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
     itself: the same samples are rows and columns; without the diagonal, and the rows say all.
     """
-    logits = a @ b.T
+    logits = (a @ b.T).mul_(scale)
     same = torch.eq(a_labels[:, None], b_labels, out=torch.empty_like(logits))  # 1 or 0
     if itself:
         same.fill_diagonal_(0)
@@ -66,9 +66,9 @@ def _torch_tile(a, b, a_labels, b_labels, itself, rows=None, cols=None):
 if triton is not None:
 
     @triton.jit
-    def _tile_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, row_ptr, col_ptr, weight_ptr,
-                     n_rows, n_cols, itself, WEIGHTS: tl.constexpr, DIM: tl.constexpr,
-                     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    def _tile_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, scale_ptr, row_ptr, col_ptr,
+                     weight_ptr, n_rows, n_cols, itself, WEIGHTS: tl.constexpr,
+                     DIM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
         """WEIGHTS: read row (3, n_rows) and col (3, n_cols), write weight (n_rows, n_cols).
         Else write the tile's statistics to row (tiles, 3, n_rows) and col (tiles, 3, n_cols)."""
         r, c = tl.program_id(0), tl.program_id(1)  # a block of pairs is small: 32-bit offsets
@@ -79,6 +79,7 @@ if triton is not None:
             a = tl.load(a_ptr + rows * DIM + d[None, :], row_in & (d < DIM)[None, :], 0.0)
             b = tl.load(b_ptr + cols * DIM + d[:, None], col_in & (d < DIM)[:, None], 0.0)
             logits = tl.dot(a, b, logits, input_precision="tf32x3")
+        logits *= tl.load(scale_ptr)
         shown = row_in & col_in & ((rows != cols) | (itself == 0))
         if WEIGHTS:
             row, col = row_ptr + rows, col_ptr + cols
@@ -102,7 +103,7 @@ if triton is not None:
                 total = tl.sum(tl.exp2(logits - top), axis, keep_dims=True)
                 tl.store(out, top + tl.log2(total), index < n)
 
-def _triton_tile(a, b, a_labels, b_labels, itself, rows=None, cols=None):
+def _triton_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
     """What `_torch_tile` does, by many tiles; their shape is the largest that does not spill."""
     shape = (128, 64, 32) if a.dtype == torch.float32 else (128, 128, 64)
     r, c, d = shape if a.is_cuda else (32, 32, 32)
@@ -112,8 +113,8 @@ def _triton_tile(a, b, a_labels, b_labels, itself, rows=None, cols=None):
                       for tiles, n in ((grid[1], len(a)), (grid[0], len(b))))
     weights = a.new_empty(len(a), len(b)) if given else rows
     _tile_kernel[grid](
-        a, b, a_labels, b_labels, rows.contiguous(), cols.contiguous(), weights, len(a), len(b),
-        int(itself), WEIGHTS=given, DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
+        a, b, a_labels, b_labels, scale, rows.contiguous(), cols.contiguous(), weights,
+        len(a), len(b), int(itself), WEIGHTS=given, DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
     return weights if given else [rows, cols][: 2 - itself]
 
 
@@ -122,68 +123,69 @@ def _cut(start, stop, step):
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::all_pairs", mutates_args=())
-def all_pairs(x: Tensor, labels: Tensor, norm: Tensor, metric: Tensor | None, rows: int,
-              alone: bool, use_triton: bool, given: Tensor | None,
+def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor | None, rows: int,
+              alone: bool, unit: bool, use_triton: bool, given: Tensor | None,
               ) -> tuple[Tensor, Tensor, Tensor]:
     """x (L, D), labels (L,) -> each sample's (lse, positive sum, count) over its pairs: (3, L).
 
     Pairs: the first `rows` samples with the rest; `alone`, also with each other, each pair once
-    for both. Logits, in bits as 2^x is cheaper than e^x: x_i . metric x_j / (norm_i norm_j), norm
-    () or, proportional to the lengths under the metric, (L, 1). given (lse, dL/dlse, dL/dsum)
-    (3, L): returns dL/dx, through the lengths too, dL/dnorm as of one factor, 2 dL/dmetric.
+    for both. Logits, in bits as 2^x is cheaper than e^x: scale x_i . metric x_j, `unit`: of rows
+    divided by their length sqrt(x_i . metric x_i). given (lse, dL/dlse, dL/dsum) (3, L): returns
+    dL/dx, dL/dscale, 2 dL/dmetric.
     """
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        dtype, tile = x.dtype, _triton_tile if use_triton else _torch_tile
+        dtype, wide, tile = x.dtype, scale.dtype, _triton_tile if use_triton else _torch_tile
         if not use_triton:  # labels become numbers from 0, which float32 holds up to 2^24
-            x, labels = x.to(norm.dtype), labels.unique(return_inverse=True)[1].to(norm.dtype)
-        x = x / norm
-        wide = {} if x.dtype == norm.dtype else {"out_dtype": norm.dtype}
-        out, total = norm.new_tensor([[-1e30], [0], [0]]).repeat(1, len(x)), norm.new_zeros(())
-        grad_metric = torch.zeros_like(norm if metric is None else metric)
+            x, labels = x.to(wide), labels.unique(return_inverse=True)[1].to(wide)
+        grad_scale, grad_metric = (torch.zeros_like(scale if t is None else t)
+                                   for t in (scale, metric))
+        out = scale.new_tensor([[-1e30], [0], [0]]).repeat(1, len(x))
+        left, length = x if metric is None else x @ metric, 1
+        if unit:
+            length = torch.einsum("nd,nd->n", left, x).clamp(min=1e-24).sqrt()[:, None]
+            x = x / length
+            left = x if metric is None else left.div_(length)
         if given is not None:
-            out, peak = norm.new_zeros(x.shape), given[1:].abs().amax().clamp(min=1e-30)
+            out, peak = x.new_zeros(x.shape, dtype=wide), given[1:].abs().amax().clamp(min=1e-30)
             given = torch.cat([given[:1], given[1:] / peak])  # weights that float16 can hold
+        sums = {} if x.dtype == wide else {"out_dtype": wide}
         step = 4096 if x.is_cuda else 256  # fills the device, stays in the cache
         for r in _cut(0, rows, step):
-            left = x[r] if metric is None else x[r] @ metric
             for c in [r] * alone + _cut(r.stop if alone else rows, len(x), 4 * step):
-                block = left, x[c], labels[r], labels[c], r == c
+                block = left[r], x[c], labels[r], labels[c], scale, r == c
                 if given is None:
                     for s, found in zip((r, c), tile(*block), strict=False):
                         found = torch.cat([out[None, :, s], found])
                         out[:, s] = torch.stack([_log2_sum(found[:, 0], 0), *found[:, 1:].sum(0)])
                     continue
                 weights = tile(*block, given[:, r], given[:, c])
-                torch.addmm(out[r], weights, x[c], out=out[r], **wide)
+                torch.addmm(out[r], weights, x[c], out=out[r], **sums)
                 if r != c:
-                    torch.addmm(out[c], weights.T, x[r], out=out[c], **wide)
-        if given is None:
-            return out, norm.clone(), grad_metric
-        for r in _cut(0, len(x), 1024):
-            left = x[r] if metric is None else x[r] @ metric
-            share = (out[r] * left).sum(1, keepdim=True)
-            total += share.sum()
-            if norm.ndim:  # what the lengths, functions of x and metric, take away
-                out[r] -= x[r] * share / (x[r] * left).sum(1, keepdim=True).clamp(min=1e-30)
+                    torch.addmm(out[c], weights.T, x[r], out=out[c], **sums)
+        if given is not None:
+            share = torch.einsum("nd,nd->n", out, left.to(wide))
+            grad_scale += share.sum() * peak / 2  # each pair was in both rows
+            if unit:  # what the length takes away
+                out.addcmul_(x, share[:, None], value=-1)
             if metric is not None:
-                grad_metric.addmm_(x[r].T, out[r])
-                out[r] = out[r] @ metric
-        total *= -peak / norm.numel()
-        return out.mul_(peak / norm).to(dtype), total / norm, grad_metric.mul_(peak)
+                torch.mm(x.T, out, out=grad_metric).mul_(peak * scale)
+                out = torch.mm(out, metric, out=left)
+            out = out.mul_(peak * scale / length).to(dtype)
+        return out, grad_scale, grad_metric
 
 def _save(ctx, inputs, output):
-    ctx.flags = inputs[4:7]
+    ctx.flags = inputs[4:8]
     ctx.save_for_backward(*inputs[:4], output[0])
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
     *inputs, found = ctx.saved_tensors
-    x, norm, metric = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2]]))
-    return x, None, norm, None if inputs[3] is None else metric, *[None] * 4
+    x, scale, metric = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2]]))
+    return x, None, scale, None if inputs[3] is None else metric, *[None] * 5
 
-all_pairs.register_fake(lambda x, labels, norm, metric, rows, alone, use_triton, given: (
-    norm.new_empty(3, len(x)) if given is None else torch.empty_like(x), torch.empty_like(norm),
-    torch.empty_like(norm if metric is None else metric)))
+all_pairs.register_fake(lambda x, labels, scale, metric, *flags: (
+    scale.new_empty(3, len(x)) if flags[-1] is None else torch.empty_like(x),
+    torch.empty_like(scale), torch.empty_like(scale if metric is None else metric)))
 all_pairs.register_autograd(_backward, setup_context=_save)
 
 
@@ -202,31 +204,38 @@ def _gather(local, group):
         rows.register_hook(share)
     return rows
 
-def _require(fits, *given):
-    if not fits:
-        given = [f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) and x.ndim
-                 else x for x in given]
+def _loss(x, labels, y, y_labels, alone, temperature, both, reduction, impl, group=None,
+          metric=None, unit=False):
+    """The loss of x (N, D), and `both`, of y (M, D), as anchors; see supcon_loss and all_pairs."""
+    given, n, m, d = (x, labels, y, y_labels), len(x), 0 if y is None else len(y), x.shape[-1]
+    able = triton is not None and x.is_cuda and x.dtype != torch.float64
+    unseen = torch.compiler.is_compiling() or getattr(temperature, "is_cuda", False)
+    fits = [t is not None and (t.shape, t.is_floating_point(), t.device) == (
+        size, len(size) == 2, x.device) for t, size in zip(given, ((n, d), (n,), (m, d), (m,)))]
+    if not (all(fits) and x.dtype == y.dtype and n * m * d and (unseen or temperature > 0)
+            and not (both and (alone or group)) and reduction in ("mean", "sum", "none")
+            and impl in ("auto", "torch", "triton")[: 2 + able]):
+        given = [f"{t.dtype} {tuple(t.shape)} on {t.device}" if isinstance(t, Tensor) and t.ndim
+                 else t for t in (*given, temperature, both, reduction, impl, group)]
         raise ValueError(
             "expected floating (N, D), integer labels (N,), or also contrast (M, D) with labels "
             "(M,), or contrast without any labels, on one device; temperature > 0; `both` with "
             "contrast, without group; reduction 'mean', 'sum', 'none'; impl 'auto', 'torch' or, on "
             f"a GPU with Triton, 'triton', not {given}")
-
-def _losses(x, labels, y, y_labels, temperature, impl, alone, metric=None, length=1):
-    """Losses (N + M,) of x (N, D) and y (M, D) as anchors, see all_pairs; which have positives."""
-    given, (n, m), d = (x, labels, y, y_labels), (len(x), len(y)), x.shape[-1]
-    able = triton is not None and x.is_cuda and x.dtype != torch.float64
-    unseen = torch.compiler.is_compiling() or getattr(temperature, "is_cuda", False)
-    _require([(t.shape, t.is_floating_point(), t.device) for t in given] == [
-                 (size, len(size) == 2, x.device) for size in ((n, d), (n,), (m, d), (m,))]
-             and x.dtype == y.dtype and n * d * (alone + m) and (unseen or temperature > 0)
-             and impl in ("auto", "torch", "triton")[: 2 + able], *given, temperature, impl)
-    norm = torch.as_tensor(temperature * math.log(2), device=x.device,
-                           dtype=torch.promote_types(x.dtype, torch.float32)).reshape(()).sqrt()
-    x, labels = torch.cat([x, y]) if m else x.contiguous(), torch.cat([labels, y_labels]).long()
+    if group:
+        y, y_labels = _gather(y, group), _gather(y_labels, group)
+    y, y_labels = y[n * alone :], y_labels[n * alone :]
+    scale = 1 / (math.log(2) * torch.as_tensor(
+        temperature, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)))
     (lse, total, count), *_ = all_pairs(
-        x, labels, norm * length, metric, n, alone, able and impl != "torch", None)
-    return math.log(2) * torch.where(count > 0, lse - total / count.clamp(min=1), 0), count > 0
+        torch.cat([x, y]) if len(y) else x.contiguous(), torch.cat([labels, y_labels]).long(),
+        scale.reshape(()), metric, n, alone, unit, able and impl != "torch", None)
+    losses = math.log(2) * torch.where(count > 0, lse - total / count.clamp(min=1), 0)
+    losses, count = (t if both else t[:n] for t in (losses, (count > 0)))
+    total, count = losses.sum() * (group.size() if group else 1), count.sum()
+    if group:
+        dist.all_reduce(count, group=group)
+    return {"none": losses, "sum": total, "mean": total / count.clamp(min=1)}[reduction]
 
 def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contrast_labels=None,
                 both=False, reduction="mean", impl="auto", group=None):
@@ -243,25 +252,14 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
         processes, as DDP takes it, is the loss of one. Instead of `both`, call twice.
     Raises ValueError for what does not fit, RuntimeError for a derivative of the gradient.
     """
-    alone, n = contrast is None, len(features)
-    form = [t is not None for t in (labels, contrast, contrast_labels)]
-    _require(form in ([1, 0, 0], [0, 1, 0], [1, 1, 1]) and reduction in ("mean", "sum", "none")
-             and not (both and (alone or group)),
-             labels, contrast, contrast_labels, both, group, reduction)
-    first, world = (group.rank() * n, group.size()) if group else (0, 1)
-    if alone:
+    alone = contrast is None
+    if alone and contrast_labels is None:
         contrast, contrast_labels = features, labels
-    elif labels is None:
-        labels = contrast_labels = torch.arange(n, device=features.device) + first
-    if group:
-        contrast, contrast_labels = _gather(contrast, group), _gather(contrast_labels, group)
-    found = _losses(features, labels, contrast[n * alone :], contrast_labels[n * alone :],
-                    temperature, impl, alone)
-    losses, counted = found if both else (t[:n] for t in found)
-    count, total = counted.sum(), losses.sum() * world
-    if group:
-        dist.all_reduce(count, group=group)
-    return {"none": losses, "sum": total, "mean": total / count.clamp(min=1)}[reduction]
+    elif labels is None and contrast_labels is None:
+        labels = contrast_labels = torch.arange(len(features), device=features.device) + (
+            group.rank() * len(features) if group else 0)
+    return _loss(features, labels, contrast, contrast_labels, alone, temperature, both, reduction,
+                 impl, group)
 
 def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
     """Mean SupCon loss of the rows of Q = a @ b.T (N, M), in time N^2 min(D, M).
@@ -273,11 +271,8 @@ def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl=
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         narrow = len(b) <= b.shape[1]  # Q itself is no wider than a
         a, metric = (a @ b.T, None) if narrow else (a, b.T @ b.detach())  # its gradient is doubled
-        length = torch.cat([((x if narrow else x @ metric.detach()) * x).sum(1, keepdim=True) for x
-                            in a.detach().split(1024)]).clamp(min=1e-24).sqrt() if unit_rows else 1
-        losses, counted = _losses(
-            a, labels, a[:0], labels[:0], temperature, impl, True, metric, length)
-        return losses.sum() / counted.sum().clamp(min=1)
+        return _loss(a, labels, a, labels, True, temperature, False, "mean", impl, None, metric,
+                     unit_rows)
 
 
 # ---- 5. Benchmark: each line from a process of its own -------------------------------------------
@@ -308,6 +303,7 @@ def _measure(name, n):
             right, = torch.autograd.grad(supcon_reference(inputs[0], g), inputs[0])
             torch.testing.assert_close(grad, right, atol=1e-5, rtol=1e-3)
         grad[0, 0].item()  # waits for a GPU
+        del grad
         used.append((time.perf_counter(), torch.cuda.max_memory_allocated() / 2**20) if gpu else (
             time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
     seconds, mib = torch.tensor(used, dtype=torch.float64).T
