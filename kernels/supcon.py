@@ -26,7 +26,6 @@ try:
 except ImportError:  # no Triton on this platform: torch tiles do everything
     triton = None
 
-
 # ---- 1. The formula in plain torch: reference and yardstick --------------------------------------
 def supcon_reference(features, labels, temperature=0.07):
     """Mean SupCon loss by dense matrices and autograd: (..., N, D), (..., N) -> (...)."""
@@ -38,39 +37,32 @@ def supcon_reference(features, labels, temperature=0.07):
     losses = torch.where(count > 0, logits.logsumexp(-1) - mean_positive, 0)
     return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
 
-
 # ---- 2. One tile of R rows and C columns, in torch and in Triton ---------------------------------
-def _log2_sum(x, dim):
-    top = x.amax(dim, keepdim=True)
-    return (x - top).exp2_().sum(dim).log2_() + top.squeeze(dim)
-
-def _torch_tile(a, b, a_labels, b_labels, itself, rows=None, cols=None):
+def _torch_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
     """(lse, positive sum, count) of the tile's rows (1, 3, R) and of its columns (1, 3, C).
 
     Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
-    itself: the same samples are rows and columns; without the diagonal, and the rows say all.
+    itself: rows and columns are the same samples: without the diagonal, the rows say all.
     """
-    logits = a @ b.T
+    logits = (a @ b.T).mul_(scale)
     same = torch.eq(a_labels[:, None], b_labels, out=torch.empty_like(logits))  # 1 or 0
     if itself:
         same.fill_diagonal_(0)
         logits.fill_diagonal_(-1e30)
     if rows is not None:
-        weights = (logits - rows[0, :, None]).exp2_().mul_(rows[1, :, None])
-        weights += logits.sub_(cols[0]).exp2_().mul_(cols[1])
+        weights = (logits - rows[0, :, None]).exp_().mul_(rows[1, :, None])
+        weights += logits.sub_(cols[0]).exp_().mul_(cols[1])
         return weights.add_(same.mul_(torch.add(rows[2, :, None], cols[2], out=logits)))
     positives = same * logits
-    return [torch.stack([_log2_sum(logits, d), positives.sum(d), same.sum(d)])[None]
+    return [torch.stack([logits.logsumexp(d), positives.sum(d), same.sum(d)])[None]
             for d in (1, 0)[: 2 - itself]]
 
 if triton is not None:
-
     @triton.jit
-    def _tile_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, row_ptr, col_ptr, weight_ptr,
-                     n_rows, n_cols, itself, WEIGHTS: tl.constexpr, DIM: tl.constexpr,
-                     R: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
-        """WEIGHTS: read row (3, n_rows) and col (3, n_cols), write weight (n_rows, n_cols).
-        Else write the tile's statistics to row (tiles, 3, n_rows) and col (tiles, 3, n_cols)."""
+    def _tile_kernel(a_ptr, b_ptr, a_label_ptr, b_label_ptr, scale_ptr, row_ptr, col_ptr,
+                     weight_ptr, n_rows, n_cols, itself, WEIGHTS: tl.constexpr,
+                     DIM: tl.constexpr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+        """WEIGHTS: row (3, n_rows), col (3, n_cols) -> weight; else to row, col (tiles, 3, n)."""
         r, c = tl.program_id(0), tl.program_id(1)  # a block of pairs is small: 32-bit offsets
         rows, cols = (r * R + tl.arange(0, R))[:, None], (c * C + tl.arange(0, C))[None, :]
         row_in, col_in, logits = rows < n_rows, cols < n_cols, tl.zeros((R, C), tl.float32)
@@ -80,112 +72,104 @@ if triton is not None:
             b = tl.load(b_ptr + cols * DIM + d[:, None], col_in & (d < DIM)[:, None], 0.0)
             logits = tl.dot(a, b, logits, input_precision="tf32x3")
         shown = row_in & col_in & ((rows != cols) | (itself == 0))
+        logits *= tl.load(scale_ptr)
         if WEIGHTS:
             row, col = row_ptr + rows, col_ptr + cols
-            weights = tl.exp2(logits - tl.load(row, row_in)) * tl.load(row + n_rows, row_in)
-            weights += tl.exp2(logits - tl.load(col, col_in)) * tl.load(col + n_cols, col_in)
+            weights = tl.exp(logits - tl.load(row, row_in)) * tl.load(row + n_rows, row_in)
+            weights += tl.exp(logits - tl.load(col, col_in)) * tl.load(col + n_cols, col_in)
             share = tl.load(row + 2 * n_rows, row_in) + tl.load(col + 2 * n_cols, col_in)
             same = tl.load(a_label_ptr + rows, row_in) == tl.load(b_label_ptr + cols, col_in)
             weights = tl.where(shown, weights + tl.where(same, share, 0.0), 0.0)
             tl.store(weight_ptr + rows * n_cols + cols, weights, row_in & col_in)
         else:
             logits = tl.where(shown, logits, -1e30)
-            for axis in tl.static_range(1, -1, -1):  # labels loaded twice: kept, `same` spills
-                n, index = n_rows if axis else n_cols, rows if axis else cols
-                out = (row_ptr + c * 3 * n if axis else col_ptr + r * 3 * n) + index
+            for axis in tl.static_range(1, -1, -1):  # this order does not spill
+                n, i = n_rows if axis else n_cols, rows if axis else cols
+                out = (row_ptr + c * 3 * n if axis else col_ptr + r * 3 * n) + i
                 same = tl.load(a_label_ptr + rows, row_in) == tl.load(b_label_ptr + cols, col_in)
                 same = same & (logits > -1e30)
-                total = tl.sum(tl.where(same, logits, 0.0), axis, keep_dims=True)
-                tl.store(out + n, total, index < n)
-                tl.store(out + 2 * n, tl.sum(same.to(tl.float32), axis, keep_dims=True), index < n)
+                tl.store(out + n, tl.sum(tl.where(same, logits, 0.0), axis, keep_dims=True), i < n)
                 top = tl.max(logits, axis, keep_dims=True)
-                total = tl.sum(tl.exp2(logits - top), axis, keep_dims=True)
-                tl.store(out, top + tl.log2(total), index < n)
+                tl.store(out + 2 * n, tl.sum(same.to(tl.float32), axis, keep_dims=True), i < n)
+                total = tl.sum(tl.exp(logits - top), axis, keep_dims=True)
+                tl.store(out, top + tl.log(total), i < n)
 
-def _triton_tile(a, b, a_labels, b_labels, itself, rows=None, cols=None):
+def _triton_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
     """What `_torch_tile` does, by many tiles; their shape is the largest that does not spill."""
-    shape = (128, 64, 32) if a.dtype == torch.float32 else (128, 128, 64)
-    r, c, d = shape if a.is_cuda else (32, 32, 32)
+    r, c, d = (128, 64, 32) if a.dtype == torch.float32 else (128, 128, 64)
     grid, given = (triton.cdiv(len(a), r), triton.cdiv(len(b), c)), rows is not None
+    weights = a.new_empty(len(a), len(b) * given)
     if not given:
-        rows, cols = (torch.empty(tiles, 3, n, device=a.device)
-                      for tiles, n in ((grid[1], len(a)), (grid[0], len(b))))
-    weights = a.new_empty(len(a), len(b)) if given else rows
+        rows, cols = scale.new_empty(grid[1], 3, len(a)), scale.new_empty(grid[0], 3, len(b))
     _tile_kernel[grid](
-        a, b, a_labels, b_labels, rows.contiguous(), cols.contiguous(), weights, len(a), len(b),
-        int(itself), WEIGHTS=given, DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
+        a, b, a_labels, b_labels, scale, rows.contiguous(), cols.contiguous(), weights,
+        len(a), len(b), int(itself), WEIGHTS=given, DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
     return weights if given else [rows, cols][: 2 - itself]
 
-
 # ---- 3. All pairs, as an operator that autograd and torch.compile know ---------------------------
-def _cut(start, stop, step):
-    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
-
 @torch.library.custom_op(__name__.replace(".", "_") + "::all_pairs", mutates_args=())
-def all_pairs(x: Tensor, labels: Tensor, norm: Tensor, metric: Tensor | None, rows: int,
-              alone: bool, use_triton: bool, given: Tensor | None,
-              ) -> tuple[Tensor, Tensor, Tensor]:
+def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: int, alone: bool,
+              unit: bool, use_triton: bool, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x (L, D), labels (L,) -> each sample's (lse, positive sum, count) over its pairs: (3, L).
 
     Pairs: the first `rows` samples with the rest; `alone`, also with each other, each pair once
-    for both. Logits, in bits as 2^x is cheaper than e^x: x_i . metric x_j / (norm_i norm_j), norm
-    () or, proportional to the lengths under the metric, (L, 1). given (lse, dL/dlse, dL/dsum)
-    (3, L): returns dL/dx, through the lengths too, dL/dnorm as of one factor, 2 dL/dmetric.
+    for both. Logits: scale x_i . metric x_j, metric (D, D), or (0,) for none; unit: of rows divided
+    by sqrt(x_i . metric x_i). given (lse, dL/dlse, dL/dsum): dL/dx, dL/dscale, 2 dL/dmetric.
     """
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        dtype, tile = x.dtype, _triton_tile if use_triton else _torch_tile
-        if not use_triton:  # labels become numbers from 0, which float32 holds up to 2^24
-            x, labels = x.to(norm.dtype), labels.unique(return_inverse=True)[1].to(norm.dtype)
-        x = x / norm
-        wide = {} if x.dtype == norm.dtype else {"out_dtype": norm.dtype}
-        out, total = norm.new_tensor([[-1e30], [0], [0]]).repeat(1, len(x)), norm.new_zeros(())
-        grad_metric = torch.zeros_like(norm if metric is None else metric)
+        dtype, wide, tile = x.dtype, scale.dtype, _triton_tile if use_triton else _torch_tile
+        x = x if use_triton else x.to(wide)
+        out = scale.new_tensor([[-1e30], [0], [0]]).repeat(1, len(x))
+        grad_scale, grad_metric = torch.zeros_like(scale), torch.zeros_like(metric)
+        left, length = x @ metric if metric.numel() else x, 1
+        if unit:
+            length = torch.einsum("nd,nd->n", left, x).clamp(min=1e-24).sqrt()[:, None]
+            x = x / length
+            left = left.div_(length) if metric.numel() else x
         if given is not None:
-            out, peak = norm.new_zeros(x.shape), given[1:].abs().amax().clamp(min=1e-30)
+            out, peak = x.new_zeros(x.shape, dtype=wide), given[1:].abs().amax().clamp(min=1e-30)
             given = torch.cat([given[:1], given[1:] / peak])  # weights that float16 can hold
+        sums = {} if x.dtype == wide else {"out_dtype": wide}
         step = 4096 if x.is_cuda else 256  # fills the device, stays in the cache
-        for r in _cut(0, rows, step):
-            left = x[r] if metric is None else x[r] @ metric
-            for c in [r] * alone + _cut(r.stop if alone else rows, len(x), 4 * step):
-                block = left, x[c], labels[r], labels[c], r == c
+        for i in range(0, rows, step):
+            r = slice(i, min(i + step, rows))
+            starts = range(r.stop if alone else rows, len(x), 4 * step)
+            for c in [r] * alone + [slice(j, j + 4 * step) for j in starts]:
+                block = left[r], x[c], labels[r], labels[c], scale, r == c
                 if given is None:
                     for s, found in zip((r, c), tile(*block), strict=False):
                         found = torch.cat([out[None, :, s], found])
-                        out[:, s] = torch.stack([_log2_sum(found[:, 0], 0), *found[:, 1:].sum(0)])
+                        out[:, s] = torch.stack([found[:, 0].logsumexp(0), *found[:, 1:].sum(0)])
                     continue
                 weights = tile(*block, given[:, r], given[:, c])
-                torch.addmm(out[r], weights, x[c], out=out[r], **wide)
+                torch.addmm(out[r], weights, x[c], out=out[r], **sums)
                 if r != c:
-                    torch.addmm(out[c], weights.T, x[r], out=out[c], **wide)
-        if given is None:
-            return out, norm.clone(), grad_metric
-        for r in _cut(0, len(x), 1024):
-            left = x[r] if metric is None else x[r] @ metric
-            share = (out[r] * left).sum(1, keepdim=True)
-            total += share.sum()
-            if norm.ndim:  # what the lengths, functions of x and metric, take away
-                out[r] -= x[r] * share / (x[r] * left).sum(1, keepdim=True).clamp(min=1e-30)
-            if metric is not None:
-                grad_metric.addmm_(x[r].T, out[r])
-                out[r] = out[r] @ metric
-        total *= -peak / norm.numel()
-        return out.mul_(peak / norm).to(dtype), total / norm, grad_metric.mul_(peak)
+                    torch.addmm(out[c], weights.T, x[r], out=out[c], **sums)
+        if given is not None:
+            share = torch.einsum("nd,nd->n", out, left.to(wide))[:, None]
+            grad_scale += share.sum() * peak / 2  # each pair was in both rows
+            if unit:  # what the length takes away
+                out.addcmul_(x, share, value=-1)
+            if metric.numel():
+                torch.mm(x.T, out, out=grad_metric).mul_(peak * scale)
+                out = torch.mm(out, metric, out=left)
+            out = out.mul_(peak * scale / length).to(dtype)
+        return out, grad_scale, grad_metric
 
 def _save(ctx, inputs, output):
-    ctx.flags = inputs[4:7]
+    ctx.flags = inputs[4:8]
     ctx.save_for_backward(*inputs[:4], output[0])
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
     *inputs, found = ctx.saved_tensors
-    x, norm, metric = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2]]))
-    return x, None, norm, None if inputs[3] is None else metric, *[None] * 4
+    x, *rest = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2]]))
+    return x, None, *rest, *[None] * 5
 
-all_pairs.register_fake(lambda x, labels, norm, metric, rows, alone, use_triton, given: (
-    norm.new_empty(3, len(x)) if given is None else torch.empty_like(x), torch.empty_like(norm),
-    torch.empty_like(norm if metric is None else metric)))
+all_pairs.register_fake(lambda x, labels, scale, metric, *flags: (
+    scale.new_empty(3, len(x)) if flags[-1] is None else torch.empty_like(x),
+    torch.empty_like(scale), torch.empty_like(metric)))
 all_pairs.register_autograd(_backward, setup_context=_save)
-
 
 # ---- 4. The losses -------------------------------------------------------------------------------
 def _gather(local, group):
@@ -202,83 +186,64 @@ def _gather(local, group):
         rows.register_hook(share)
     return rows
 
-def _require(fits, *given):
-    if not fits:
-        given = [f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) and x.ndim
-                 else x for x in given]
-        raise ValueError(
-            "expected floating (N, D), integer labels (N,), or also contrast (M, D) with labels "
-            "(M,), or contrast without any labels, on one device; temperature > 0; `both` with "
-            "contrast, without group; reduction 'mean', 'sum', 'none'; impl 'auto', 'torch' or, on "
-            f"a GPU with Triton, 'triton', not {given}")
-
-def _losses(x, labels, y, y_labels, temperature, impl, alone, metric=None, length=1):
-    """Losses (N + M,) of x (N, D) and y (M, D) as anchors, see all_pairs; which have positives."""
-    given, (n, m), d = (x, labels, y, y_labels), (len(x), len(y)), x.shape[-1]
-    able = triton is not None and x.is_cuda and x.dtype != torch.float64
-    unseen = torch.compiler.is_compiling() or getattr(temperature, "is_cuda", False)
-    _require([(t.shape, t.is_floating_point(), t.device) for t in given] == [
-                 (size, len(size) == 2, x.device) for size in ((n, d), (n,), (m, d), (m,))]
-             and x.dtype == y.dtype and n * d * (alone + m) and (unseen or temperature > 0)
-             and impl in ("auto", "torch", "triton")[: 2 + able], *given, temperature, impl)
-    norm = torch.as_tensor(temperature * math.log(2), device=x.device,
-                           dtype=torch.promote_types(x.dtype, torch.float32)).reshape(()).sqrt()
-    x, labels = torch.cat([x, y]) if m else x.contiguous(), torch.cat([labels, y_labels]).long()
-    (lse, total, count), *_ = all_pairs(
-        x, labels, norm * length, metric, n, alone, able and impl != "torch", None)
-    return math.log(2) * torch.where(count > 0, lse - total / count.clamp(min=1), 0), count > 0
-
 def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contrast_labels=None,
-                both=False, reduction="mean", impl="auto", group=None):
+                both=False, reduction="mean", impl="auto", group=None, _metric=None, _unit=False):
     """Supervised contrastive loss in time N^2 D and memory N D; returns float32 at least.
 
-    features (N, D): floating, any strides, normalised by the caller. labels (N,): integers; the
+    features (N, D): floating, any strides, normalised by the caller. labels (N,): int64; the
         positives of a row are the others of its label. None with `contrast`: row i of both (CLIP).
     temperature: positive number, or tensor of one element, which then receives its gradient.
     contrast (M, D), contrast_labels (M,): compare with these rows instead; none is left out.
     both: the rows of `contrast` are anchors too (CLIP's two directions), in the same pass.
     reduction: "mean" over the anchors with a positive (the others give 0, no gradient), "sum" or
-        "none": (N,), with `both` (N + M,). impl: "auto" is Triton on a GPU, else tiles of torch.
+        "none": (N,), with `both` (N + M,). impl: "torch", "triton" (on a GPU) or "auto", the best.
     group: torch.distributed group, N rows each: local rows meet the rows of all. The mean over its
         processes, as DDP takes it, is the loss of one. Instead of `both`, call twice.
     Raises ValueError for what does not fit, RuntimeError for a derivative of the gradient.
     """
-    alone, n = contrast is None, len(features)
-    form = [t is not None for t in (labels, contrast, contrast_labels)]
-    _require(form in ([1, 0, 0], [0, 1, 0], [1, 1, 1]) and reduction in ("mean", "sum", "none")
-             and not (both and (alone or group)),
-             labels, contrast, contrast_labels, both, group, reduction)
-    first, world = (group.rank() * n, group.size()) if group else (0, 1)
-    if alone:
-        contrast, contrast_labels = features, labels
-    elif labels is None:
-        labels = contrast_labels = torch.arange(n, device=features.device) + first
+    x, y, y_labels, alone = features, contrast, contrast_labels, contrast is None
+    if alone and y_labels is None:
+        y, y_labels = x, labels
+    elif labels is None and y_labels is None:
+        labels = y_labels = torch.arange(len(x), device=x.device) + (
+            group.rank() * len(x) if group else 0)
+    given = [t if t is None else (*t.shape, t.dtype, t.device) for t in (x, labels, y, y_labels)]
+    n, m, d = len(x), 0 if y is None else len(y), x.shape[-1]
+    floats, integers = (x.dtype, x.device), (torch.int64, x.device)
+    able = triton is not None and x.is_cuda and x.dtype != torch.float64
+    unseen = torch.compiler.is_compiling() or getattr(temperature, "is_cuda", False)
+    if not (given == [(n, d, *floats), (n, *integers), (m, d, *floats), (m, *integers)]
+            and n * m * d and x.is_floating_point() and (unseen or temperature > 0)
+            and not (both and (alone or group)) and reduction in ("mean", "sum", "none")
+            and impl in ("auto", "torch", "triton")[: 2 + able]):
+        given += [temperature, both, group, reduction, impl]
+        raise ValueError(f"expected:\n    {supcon_loss.__doc__}\n    not {given}")
     if group:
-        contrast, contrast_labels = _gather(contrast, group), _gather(contrast_labels, group)
-    found = _losses(features, labels, contrast[n * alone :], contrast_labels[n * alone :],
-                    temperature, impl, alone)
-    losses, counted = found if both else (t[:n] for t in found)
-    count, total = counted.sum(), losses.sum() * world
+        y, y_labels = _gather(y, group), _gather(y_labels, group)
+    y, labels = y[n * alone :], torch.cat([labels, y_labels[n * alone :]])
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = 1 / torch.as_tensor(temperature, dtype=wide, device=x.device).reshape(())
+    metric = x.new_empty(0) if _metric is None else _metric
+    x = torch.cat([x, y]) if len(y) else x.contiguous()
+    found, *_ = all_pairs(x, labels, scale, metric, n, alone, _unit, able and impl != "torch", None)
+    lse, total, count = found if both else found[:, :n]
+    losses = torch.where(count > 0, lse - total / count.clamp(min=1), 0)
+    total, anchors = losses.sum() * (group.size() if group else 1), (count > 0).sum()
     if group:
-        dist.all_reduce(count, group=group)
-    return {"none": losses, "sum": total, "mean": total / count.clamp(min=1)}[reduction]
+        dist.all_reduce(anchors, group=group)
+    return {"none": losses, "sum": total, "mean": total / anchors.clamp(min=1)}[reduction]
 
 def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
     """Mean SupCon loss of the rows of Q = a @ b.T (N, M), in time N^2 min(D, M).
 
-    a (N, D), b (M, D), labels (N,) of the rows of Q; swap a and b for its columns. unit_rows: each
-    is divided by its norm. In float32 at least. Q Q^T = a (b^T b) a^T: a with the metric b^T b do.
+    a (N, D), b (M, D), labels (N,) of Q's rows; swap a and b for its columns. unit_rows: divided by
+    their norms. In float32 at least. Raises ValueError. Q Q^T = a (b^T b) a^T: b^T b is a metric.
     """
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         narrow = len(b) <= b.shape[1]  # Q itself is no wider than a
         a, metric = (a @ b.T, None) if narrow else (a, b.T @ b.detach())  # its gradient is doubled
-        length = torch.cat([((x if narrow else x @ metric.detach()) * x).sum(1, keepdim=True) for x
-                            in a.detach().split(1024)]).clamp(min=1e-24).sqrt() if unit_rows else 1
-        losses, counted = _losses(
-            a, labels, a[:0], labels[:0], temperature, impl, True, metric, length)
-        return losses.sum() / counted.sum().clamp(min=1)
-
+        return supcon_loss(a, labels, temperature, impl=impl, _metric=metric, _unit=unit_rows)
 
 # ---- 5. Benchmark: each line from a process of its own -------------------------------------------
 LOSSES = {  # of x, y (N, D), labels g: SupCon of x, then SCALE's two terms of Q = x @ y.T
@@ -291,23 +256,23 @@ LOSSES = {  # of x, y (N, D), labels g: SupCon of x, then SCALE's two terms of Q
         (rows @ x.detach().T @ x.detach())[0, 0] for rows in x.detach().split(512)),
     "Q, Q Q^T, Q^T Q": lambda x, y, g: sum(
         supcon_reference(torch.nn.functional.normalize(q), g) for q in (x @ y.T, y @ x.T)),
-    "product_supcon_loss": lambda x, y, g: sum(
-        product_supcon_loss(*pair, g) for pair in ((x, y), (y, x)))}
+    "product_supcon_loss": lambda x, y, g: (
+        product_supcon_loss(x, y, g) + product_supcon_loss(y, x, g))}
 
 def _measure(name, n):
     """Median seconds of 5 forward and backward passes (CPU; on a GPU elapsed), MiB added."""
     import resource
     import time
     gpu, used = torch.cuda.is_available(), []
-    x, y = torch.randn(2, n, 768, device="cuda" if gpu else "cpu").div_(28).unbind()
-    labels = torch.arange(n, device=x.device) % 12
+    data = torch.randn(2, n, 768, device="cuda" if gpu else "cpu").div_(28)
     for size in (300, *[n] * 5):  # the first loads and compiles
-        inputs, g = [t[:size].detach().requires_grad_() for t in (x, y)], labels[:size]
-        grad = torch.autograd.grad(LOSSES[name](*inputs, g), inputs, allow_unused=True)[0]
+        x, y = (t[:size].detach().requires_grad_() for t in data)
+        g = torch.arange(size, device=x.device) % 12
+        grad = torch.autograd.grad(LOSSES[name](x, y, g), (x, y), allow_unused=True)[0]
         if size == 300 and name == "supcon_loss":  # checked first, across tiles
-            right, = torch.autograd.grad(supcon_reference(inputs[0], g), inputs[0])
+            right, = torch.autograd.grad(supcon_reference(x, g), x)
             torch.testing.assert_close(grad, right, atol=1e-5, rtol=1e-3)
-        grad[0, 0].item()  # waits for a GPU
+        grad = grad[0, 0].item()  # waits for a GPU, frees the rest
         used.append((time.perf_counter(), torch.cuda.max_memory_allocated() / 2**20) if gpu else (
             time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
     seconds, mib = torch.tensor(used, dtype=torch.float64).T
