@@ -6,16 +6,11 @@
 P(i): the others with the label of i (L_out of Khosla et al., arXiv:2004.11362). Autograd keeps five
 N x N matrices; here a tile of pairs is made twice and never kept. Forward, it gives log-sum-exp,
 sum and number of positives of its rows AND its columns: the upper triangle is enough if symmetric,
-CLIP's two directions are one pass. Backward, it becomes dL/dlogits, positives subtracted in float32
-before any rounding: confident ones keep their gradient. No atomics: the same bits from run to run.
-Triton makes the tiles on a GPU (fp32 by three tf32 products), else torch. Triton's passed its
-interpreter and compile for sm_80 to sm_100 (tensor cores, no spills), NOT yet a run on a GPU.
+CLIP's two directions are one pass. Backward, it becomes dL/dlogits, confident positives subtracted
+before any rounding. No atomics: repeatable. On a GPU Triton makes it (NOT yet run on one).
 
     loss = supcon_loss(torch.nn.functional.normalize(features, dim=1), labels)
-    python supcon.py 512 4096        # benchmark at these N; checks the gradient first
-"""
-import math
-
+    python supcon.py 512 4096        # benchmark at these N; checks the gradient first"""
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,7 +25,7 @@ except ImportError:  # no Triton on this platform: torch tiles do everything
 def supcon_reference(features, labels, temperature=0.07):
     """Mean SupCon loss by dense matrices and autograd: (..., N, D), (..., N) -> (...)."""
     itself = torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
-    logits = (features @ features.mT / temperature).masked_fill(itself, -math.inf)
+    logits = (features @ features.mT / temperature).masked_fill(itself, -torch.inf)
     positive = (labels[..., None] == labels[..., None, :]) & ~itself
     count = positive.sum(-1)
     mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
@@ -40,10 +35,8 @@ def supcon_reference(features, labels, temperature=0.07):
 # ---- 2. One tile of R rows and C columns, in torch and in Triton ---------------------------------
 def _torch_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
     """(lse, positive sum, count) of the tile's rows (1, 3, R) and of its columns (1, 3, C).
-
     Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
-    itself: rows and columns are the same samples: without the diagonal, the rows say all.
-    """
+    itself: rows and columns are the same samples: without the diagonal, the rows say all."""
     logits = (a @ b.T).mul_(scale)
     same = torch.eq(a_labels[:, None], b_labels, out=torch.empty_like(logits))  # 1 or 0
     if itself:
@@ -91,8 +84,7 @@ if triton is not None:
                 tl.store(out + n, tl.sum(tl.where(same, logits, 0.0), axis, keep_dims=True), i < n)
                 top = tl.max(logits, axis, keep_dims=True)
                 tl.store(out + 2 * n, tl.sum(same.to(tl.float32), axis, keep_dims=True), i < n)
-                total = tl.sum(tl.exp(logits - top), axis, keep_dims=True)
-                tl.store(out, top + tl.log(total), i < n)
+                tl.store(out, top + tl.log(tl.sum(tl.exp(logits - top), axis, keep_dims=1)), i < n)
 
 def _triton_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
     """What `_torch_tile` does, by many tiles; their shape is the largest that does not spill."""
@@ -111,11 +103,9 @@ def _triton_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
 def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: int, alone: bool,
               unit: bool, use_triton: bool, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """x (L, D), labels (L,) -> each sample's (lse, positive sum, count) over its pairs: (3, L).
-
     Pairs: the first `rows` samples with the rest; `alone`, also with each other, each pair once
     for both. Logits: scale x_i . metric x_j, metric (D, D), or (0,) for none; unit: of rows divided
-    by sqrt(x_i . metric x_i). given (lse, dL/dlse, dL/dsum): dL/dx, dL/dscale, 2 dL/dmetric.
-    """
+    by sqrt(x_i . metric x_i). given (lse, dL/dlse, dL/dsum): dL/dx, dL/dscale, 2 dL/dmetric."""
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         dtype, wide, tile = x.dtype, scale.dtype, _triton_tile if use_triton else _torch_tile
         x = x if use_triton else x.to(wide)
@@ -177,39 +167,36 @@ def _gather(local, group):
     at, rows = group.rank() * len(local), torch.cat([local.detach()] * group.size())
     dist.all_gather_into_tensor(rows, local.detach().contiguous(), group=group)
     rows = torch.cat([local, rows.roll(-at, 0)[len(local) :]])
-    def share(grad):
-        """Sum of what all processes found for one's own rows."""
-        own = torch.empty_like(local)
+    def _share(grad):
+        own = torch.empty_like(local)  # the sum of what all processes found for them
         dist.reduce_scatter_tensor(own, grad.roll(at, 0), group=group)
         return torch.cat([own, grad[len(local) :]])
     if rows.requires_grad:
-        rows.register_hook(share)
+        rows.register_hook(_share)
     return rows
 
 def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contrast_labels=None,
                 both=False, reduction="mean", impl="auto", group=None, _metric=None, _unit=False):
     """Supervised contrastive loss in time N^2 D and memory N D; returns float32 at least.
-
-    features (N, D): floating, any strides, normalised by the caller. labels (N,): int64; the
-        positives of a row are the others of its label. None with `contrast`: row i of both (CLIP).
+    features (N, D): floating, any strides, normalised by the caller. labels (N,): integers; a
+        row's positives are the others of its label. None with `contrast`: row i of both (CLIP).
     temperature: positive number, or tensor of one element, which then receives its gradient.
     contrast (M, D), contrast_labels (M,): compare with these rows instead; none is left out.
     both: the rows of `contrast` are anchors too (CLIP's two directions), in the same pass.
     reduction: "mean" over the anchors with a positive (the others give 0, no gradient), "sum" or
         "none": (N,), with `both` (N + M,). impl: "torch", "triton" (on a GPU) or "auto", the best.
-    group: torch.distributed group, N rows each: local rows meet the rows of all. The mean over its
-        processes, as DDP takes it, is the loss of one. Instead of `both`, call twice.
-    Raises ValueError for what does not fit, RuntimeError for a derivative of the gradient.
-    """
-    x, y, y_labels, alone = features, contrast, contrast_labels, contrast is None
+    group: torch.distributed group, N rows each, which meet those of all; the mean over processes
+        is the loss of one. Raises ValueError; RuntimeError for a derivative of the gradient."""
+    x, y, alone, n = features, contrast, contrast is None, len(features)
+    labels, y_labels = (t if t is None or t.is_floating_point() else t.long()
+                        for t in (labels, contrast_labels))
     if alone and y_labels is None:
         y, y_labels = x, labels
     elif labels is None and y_labels is None:
-        labels = y_labels = torch.arange(len(x), device=x.device) + (
-            group.rank() * len(x) if group else 0)
+        labels = y_labels = torch.arange(n, device=x.device) + (group.rank() * n if group else 0)
     given = [t if t is None else (*t.shape, t.dtype, t.device) for t in (x, labels, y, y_labels)]
-    n, m, d = len(x), 0 if y is None else len(y), x.shape[-1]
-    floats, integers = (x.dtype, x.device), (torch.int64, x.device)
+    m, d, floats = 0 if y is None else len(y), x.shape[-1], (x.dtype, x.device)
+    integers = torch.int64, x.device
     able = triton is not None and x.is_cuda and x.dtype != torch.float64
     unseen = torch.compiler.is_compiling() or getattr(temperature, "is_cuda", False)
     if not (given == [(n, d, *floats), (n, *integers), (m, d, *floats), (m, *integers)]
@@ -217,7 +204,7 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
             and not (both and (alone or group)) and reduction in ("mean", "sum", "none")
             and impl in ("auto", "torch", "triton")[: 2 + able]):
         given += [temperature, both, group, reduction, impl]
-        raise ValueError(f"expected:\n    {supcon_loss.__doc__}\n    not {given}")
+        raise ValueError(f"expected what supcon_loss.__doc__ states, not {given}")
     if group:
         y, y_labels = _gather(y, group), _gather(y_labels, group)
     y, labels = y[n * alone :], torch.cat([labels, y_labels[n * alone :]])
@@ -235,7 +222,6 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
 
 def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
     """Mean SupCon loss of the rows of Q = a @ b.T (N, M), in time N^2 min(D, M).
-
     a (N, D), b (M, D), labels (N,) of Q's rows; swap a and b for its columns. unit_rows: divided by
     their norms. In float32 at least. Raises ValueError. Q Q^T = a (b^T b) a^T: b^T b is a metric.
     """
@@ -281,12 +267,11 @@ def _measure(name, n):
 if __name__ == "__main__":
     import sys
     from concurrent.futures import ProcessPoolExecutor
-    from importlib.util import find_spec
-    if not find_spec("pytorch_metric_learning"):
-        del LOSSES["pytorch-metric-learning"]
+    from contextlib import suppress
+    from itertools import product
     with ProcessPoolExecutor(1, max_tasks_per_child=1) as processes:
-        for n in map(int, sys.argv[1:] or (512, 1024, 2048, 4096, 8192)):
-            for name in LOSSES:
+        for n, name in product(map(int, sys.argv[1:] or (512, 1024, 2048, 4096, 8192)), LOSSES):
+            with suppress(ImportError):  # without pytorch-metric-learning
                 seconds, mib = processes.submit(_measure, name, n).result()
                 if name in ("plain torch", "Q, Q Q^T, Q^T Q"):
                     rival = seconds, mib
