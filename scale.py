@@ -845,26 +845,23 @@ def tsne(x, perplexity, generator):
     return y[best], divergence.item()
 
 def draw_texts(data, read):
-    """SVG like Fig. 4: t-SNE of texts before and after the adapter `read`.
-    The texts are the prompts, or 300 sentences. Colour: the task, of one task the class; shape: the
-    class. Each combination is named once."""
+    """SVG like Fig. 4: t-SNE of the prompts, or of 300 sentences, before and after the adapter
+    `read`; colour and shape tell the class, each combination is named once."""
     taxonomy, texts, parts = data.samples.taxonomy, data.texts[:-1].cpu(), []
-    h = torch.arange(len(texts))
+    says = torch.arange(len(texts))
     if len(data.sentences):
-        image, h = (data.samples.sentence >= 0).nonzero()[:300].T
-        texts = data.sentences.cpu()[data.samples.sentence[image, h]]
+        image, says = (data.samples.sentence >= 0).nonzero()[:300].T
+        texts = data.sentences.cpu()[data.samples.sentence[image, says]]
     for panel, (title, x) in enumerate({"before": texts, "after": read(texts)}.items()):
         y, divergence = tsne(x, max(1, min(30, len(x) / 3 - 1)), torch.Generator().manual_seed(0))
         y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * torch.tensor([470, 700])
         parts += [f'<g transform="translate({30 + 670 * panel} 50)" font-size="11">'
                   '<path fill="none" stroke="#bbb" d="M-15-15h645v735h-645z"/>',
                   TEXT.format(-10, -25, f"{title} training; KL divergence {divergence:.2f}")]
-        columns = ((t, task["classes"].index(c["class"]), c["name"])
-                   for t, task in enumerate(taxonomy.tasks) for c in task["combinations"])
-        for k, (t, c, name) in enumerate(columns):
-            i = 64 * (t if len(taxonomy.tasks) > 1 else c) + 9 * c  # is t modulo 9, c modulo 8
-            parts += [draw_series(i, [(*at, 0)], name) for at in y[h == k].tolist()]
-            parts += [TEXT.format(*at, name) for at in (y[h == k] + 6).tolist()[:1]]
+        for h, name in enumerate(taxonomy.combination.names):
+            i, points = (taxonomy.klass.members == h).any(1).int().argmax(), y[says == h].tolist()
+            parts += [draw_series(i, [(*point, 0)], name) for point in points]
+            parts += [TEXT.format(x + 7, y + 4, name) for x, y in points[:1]]
         parts.append("</g>")
     return SVG.format("\n".join(parts))
 
@@ -874,24 +871,21 @@ def as_picture(pixels):
     return Image.fromarray((255 * x).round().byte().permute(1, 2, 0).numpy())
 
 def draw_card(pixels, maps, reasons):
-    """PIL image of a prediction: what was seen, and by task its classes, deciding combinations
-    and where the first of them is similar: maps (L, T), L patches."""
-    seen, side = as_picture(pixels), int(len(maps) ** 0.5)
-    card = Image.new("RGB", (1000, max(400, 130 * len(reasons) + 10)), "#fff")
-    pen = ImageDraw.Draw(card)
-    card.paste(seen.resize((380, 380), 3), (10, 10))
-    for y, (task, x), heat in zip(itertools.count(10, 130), reasons.items(), maps.T):
+    """PIL image of a prediction, a row a task: what was seen; where (maps (T, L) of L patches) it
+    is similar to the deciding combination; classes; combinations, bars from -0.5 to 0.5."""
+    card, seen = Image.new("RGB", (800, 130 * len(reasons)), "#fff"), as_picture(pixels)
+    pen, side = ImageDraw.Draw(card), int(maps.shape[1] ** 0.5)
+    for y, (task, x), heat in zip(itertools.count(5, 130), reasons.items(), maps, strict=False):
+        for left in (5, 130):
+            card.paste(seen.resize((120, 120), 3), (left, y))
         heat = as_picture(heat.view(1, side, side).expand(3, -1, -1)).resize((120, 120), 3)
-        card.paste(seen.resize((120, 120), 3), (400, y))
-        card.paste(OKABE_ITO[1], (400, y), heat.convert("L").point(lambda v: 0.7 * v))
-        classes = ", ".join(f"{name} {share:.2f}" for name, share in x["classes"].items())
-        pen.text((535, y), f"{task}: {classes}", "#222", font_size=17)
-        for row, (name, v) in enumerate(x["decided_by"].items()):
-            top, cosine = y + 30 + 42 * row, v["similarity"]
-            pen.text((535, top), f"{name}, similarity {cosine:.2f}", "#222", font_size=14)
-            pen.rectangle((535, top + 20, 985, top + 30), "#ddd")  # from -0.5 to 0.5
-            ends = sorted((760, 760 + 450 * max(-0.5, min(0.5, cosine))))
-            pen.rectangle((ends[0], top + 20, ends[1], top + 30), OKABE_ITO[0])
+        card.paste(OKABE_ITO[1], (130, y), heat.convert("L").point(lambda v: 0.7 * v))
+        pen.text((260, y), f"{task}: {listed(x['classes'])}", "#222", font_size=17)
+        for top, (name, v) in zip((y + 28, y + 74), x["decided_by"].items(), strict=False):
+            pen.text((260, top), f"{name} {v['similarity']:.2f}", "#222", font_size=15)
+            pen.rectangle((260, top + 22, 790, top + 34), "#ddd")
+            ends = sorted((525, 525 + 530 * max(-0.5, min(0.5, v["similarity"]))))
+            pen.rectangle((ends[0], top + 22, ends[1], top + 34), OKABE_ITO[0])
     return card
 
 def draw_sheet(rows):
@@ -940,23 +934,25 @@ def embed_adapted(config, paths, texts=()):
         raise InputError(f"{backbone.path} is not what {config.run} was trained on: train again.")
     return stored, adapters["image"], adapters["image"](images), adapters["text"](words), backbone
 
+def listed(values):
+    """Names and values, to two places, as a text."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+
 def predict(config):
     """Print, and write to <out>/predictions.json, the classes of images and what decided them."""
     stored, look, images, texts, backbone = embed_adapted(config, config.predict)
-    taxonomy, files = make_taxonomy(stored["taxonomy"]), {}
-    results = {path: explain(z, taxonomy, backbone.logit_scale)
-               for path, z in zip(config.predict, images @ texts.T, strict=True)}
-    for n, (path, reasons) in enumerate(results.items()):
+    taxonomy, files, results = make_taxonomy(stored["taxonomy"]), {}, {}
+    for n, (path, z) in enumerate(zip(config.predict, images @ texts.T, strict=True)):
+        results[path] = reasons = explain(z, taxonomy, backbone.logit_scale)
         for task, x in reasons.items():
-            classes = ", ".join(f"{k} {v:.2f}" for k, v in x["classes"].items())
-            why = ", then ".join(f"{k} {v['similarity']:.2f}" for k, v in x["decided_by"].items())
-            print(f"{path} {task}: {classes}; similar to {why}")
+            why = listed({name: v["similarity"] for name, v in x["decided_by"].items()})
+            print(f"{path} {task}: {listed(x['classes'])}; similar to {why}")
         if config.card:
             pixels = backbone.preprocess(open_image(path))[None].to(backbone.word_table)
             patches = backbone.image_tower(backbone.tensors, pixels, True)[0].float().cpu()
-            decided = [taxonomy.combination.names.index(next(iter(x["decided_by"])))
+            decided = [taxonomy.combination.names.index([*x["decided_by"]][0])
                        for x in reasons.values()]
-            maps = look(F.normalize(patches)) @ texts[decided].T  # (L, T)
+            maps = texts[decided] @ look(F.normalize(patches)).T  # (T, L)
             card = draw_card(pixels[0].float().cpu(), maps, reasons)
             files[f"cards/{n}-{Path(path).stem}.png"] = card
     text = json.dumps(results, indent=1) + "\n"
