@@ -765,25 +765,19 @@ def format_table(results, frac):
     lines.append(f"\nAt {frac * 100:g}% of the training images {best} leads in class-concept F1.")
     return "\n".join(lines).replace(" ±0.00", "      ").replace("nan ", "-   ")
 
-def write_report(folder, results, data, tables):
-    """results.csv (a line a run), report.md and two figures of [(config, metrics)]."""
+def write_report(folder, results, note, tables):
+    """results.csv (a line a run), report.md and figures/scores.svg of [(config, metrics)]."""
     name, columns = Path(results[0][0].dataset).name, list(itertools.product(LEVELS, SCORES))
     rows = [["method", "frac", "seed", "n_train", "n_test", *map("_".join, columns)]]
     rows += [[c.method, c.frac, c.seed, m["n_train"], m["n_test"], *(m[a][b] for a, b in columns)]
              for c, m in results]
-    files, words = {"figures/scores.svg": draw_scores(results)}, [
-        f"# Results on {name}", data.taxonomy.spec.get("note", ""),
-        "![mean ±sd over splits](figures/scores.svg)", *tables]
+    words = [f"# Results on {name}", note, "![mean ±sd over splits](figures/scores.svg)", *tables]
     ours = [m["per_task"].get("pigmentation") for c, m in results if c.method == "zeroshot"]
     if name == "derm7p" and any(ours):
         ours = " / ".join(f"{ours[0][level]['accuracy']:.2f}" for level in LEVELS)
         words.append(f"Table 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}.")
-    if trained := [c for c, _ in results if c.method == "scale"]:
-        adapters = load_adapters(run_folder(trained[-1], data.origin))[1]
-        torch.set_num_threads(1)  # faster on small matrices
-        files["figures/texts.svg"] = draw_texts(data, adapters["text"])
-        words.append("![t-SNE of the text embeddings before and after](figures/texts.svg)")
-    write_files(folder, files | {"results.csv": rows, "report.md": "\n\n".join(words) + "\n"})
+    write_files(folder, {"results.csv": rows, "report.md": "\n\n".join(words) + "\n",
+                         "figures/scores.svg": draw_scores(results)})
 
 def draw_series(i, points, title):
     """Series i: a line through points (x, y, error), their marks; title shows on hover."""
@@ -816,52 +810,6 @@ def draw_scores(results):
                     f"{[v for key, v in m[level].items() if key.startswith(score)]}"
                     for c, m in results if c.method == method]
             parts.append(draw_series(i, points, "\n".join([method, *told])))
-        parts.append("</g>")
-    return SVG.format("\n".join(parts))
-
-def tsne(x, perplexity, generator):
-    """Exact t-SNE (van der Maaten and Hinton, 2008) of x (N, D): map (N, 2), its KL divergence.
-    The best of several random starts, more for few points, which descend at once."""
-    squared = torch.cdist(x.double(), x.double()).square().fill_diagonal_(math.inf)
-    low, high = squared.new_tensor([[[-50.]], [[50.]]]).expand(2, len(x), 1)
-    for _ in range(60):  # bisect the logarithm of each row's precision
-        middle = (low + high) / 2
-        p = (-middle.exp() * squared).softmax(1)
-        broad = torch.special.entr(p).sum(1, keepdim=True) > math.log(perplexity)
-        low, high = middle.where(broad, low), high.where(broad, middle)
-    p = ((p + p.T) / (2 * len(x))).clamp(min=1e-12)
-    y = 1e-4 * torch.randn(3 + 500 // len(x), len(x), 2, generator=generator, dtype=p.dtype)
-    velocity, gains = torch.zeros_like(y), torch.ones_like(y)
-    for step in range(750):
-        near = (1 + torch.cdist(y, y).square()).reciprocal()
-        near.diagonal(dim1=1, dim2=2).zero_()
-        q = (near / near.sum((1, 2), keepdim=True)).clamp(min=1e-12)
-        pull = ((12 if step < 250 else 1) * p - q) * near
-        slope = 4 * (pull.sum(2, keepdim=True) * y - pull @ y)
-        gains = torch.where(slope * velocity < 0, gains + 0.2, gains * 0.8).clamp(min=0.01)
-        velocity = (0.5 if step < 250 else 0.8) * velocity - max(len(x) / 48, 50) * gains * slope
-        y = y + velocity
-    divergence, best = (p * (p / q).log()).sum((1, 2)).min(0)
-    return y[best], divergence.item()
-
-def draw_texts(data, read):
-    """SVG like Fig. 4: t-SNE of the prompts, or of 300 sentences, before and after the adapter
-    `read`; colour and shape tell the class, each combination is named once."""
-    taxonomy, texts, parts = data.samples.taxonomy, data.texts[:-1].cpu(), []
-    says = torch.arange(len(texts))
-    if len(data.sentences):
-        image, says = (data.samples.sentence >= 0).nonzero()[:300].T
-        texts = data.sentences.cpu()[data.samples.sentence[image, says]]
-    for panel, (title, x) in enumerate({"before": texts, "after": read(texts)}.items()):
-        y, divergence = tsne(x, max(1, min(30, len(x) / 3 - 1)), torch.Generator().manual_seed(0))
-        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * torch.tensor([470, 700])
-        parts += [f'<g transform="translate({30 + 670 * panel} 50)" font-size="11">'
-                  '<path fill="none" stroke="#bbb" d="M-15-15h645v735h-645z"/>',
-                  TEXT.format(-10, -25, f"{title} training; KL divergence {divergence:.2f}")]
-        for h, name in enumerate(taxonomy.combination.names):
-            i, points = (taxonomy.klass.members == h).any(1).int().argmax(), y[says == h].tolist()
-            parts += [draw_series(i, [(*point, 0)], name) for point in points]
-            parts += [TEXT.format(x + 7, y + 4, name) for x, y in points[:1]]
         parts.append("</g>")
     return SVG.format("\n".join(parts))
 
@@ -914,25 +862,21 @@ def explain(cosines, taxonomy, logit_scale):
                 for h in z.where(own, -math.inf).topk(min(2, own.sum())).indices}}
     return told
 
-def load_adapters(folder):
-    """config.json of a finished run of `scale` as a dict, and its two adapters, frozen."""
-    with reading(folder, "name the folder of a finished run of --method scale in --run"):
-        stored = json.loads((folder / "config.json").read_text())
-        state = load_file(folder / "adapter.safetensors")
-        adapters = nn.ModuleDict({branch: Adapter(*state[f"{branch}.up.weight"].shape, 0.5)
-                                  for branch in ("image", "text")}).requires_grad_(False)
-        adapters.load_state_dict(state)
-    return stored, adapters
-
 def embed_adapted(config, paths, texts=()):
     """By the run in --run: what it stored, its image adapter, adapted features (N, D) of images
     and (H + 1 + S, D) of its own prompts and S texts, its backbone. InputError if that changed."""
-    stored, adapters = load_adapters(Path(config.run))
+    folder = Path(config.run)
+    with reading(folder, "name the folder of a finished run of --method scale in --run"):
+        stored = json.loads((folder / "config.json").read_text())
+        state = load_file(folder / "adapter.safetensors")
+        look, read = (Adapter(*state[f"{branch}.up.weight"].shape, 0.5)
+                      for branch in ("image", "text"))
+        nn.ModuleDict({"image": look, "text": read}).requires_grad_(False).load_state_dict(state)
     images, words, backbone, checkpoint = embed_both(
         [(path, 0) for path in paths], [*stored["prompts"], *texts], stored["backbone"], config)
     if checkpoint != stored["checkpoint_sha256"]:
-        raise InputError(f"{backbone.path} is not what {config.run} was trained on: train again.")
-    return stored, adapters["image"], adapters["image"](images), adapters["text"](words), backbone
+        raise InputError(f"{backbone.path} is not what {folder} was trained on: train again.")
+    return stored, look, look(images), read(words), backbone
 
 def listed(values):
     """Names and values, to two places, as a text."""
@@ -1040,7 +984,7 @@ def compare(config):
     tables = [format_table(runs, frac) for frac in fractions]
     print(f"\n{config.dataset}: {note}", *tables, sep="\n\n")
     if config.sweep:
-        write_report(Path(config.out) / f"report-{Path(config.dataset).name}", runs, data, tables)
+        write_report(Path(config.out) / f"report-{Path(config.dataset).name}", runs, note, tables)
 
 def guarded(script, action):
     """Exit code of action(): 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""

@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
-from scipy.spatial.distance import pdist, squareform
-from sklearn import linear_model, manifold, metrics
+from sklearn import linear_model, metrics
 
 import data_prep
 import scale
@@ -670,18 +669,6 @@ def test_noisy_texts():
     assert scale.add_noise(text, 0.0, rng) == text and len(texts[0]) == len(set(texts[0]))
     assert abs(np.mean([len(words) for words in texts]) / 6 - 0.85) < 0.03
     assert 0.3 < np.mean([words != sorted(words) for words in texts]) < 0.8
-
-@pytest.mark.parametrize("n, perplexity", [(28, 9), (90, 20)])
-def test_tsne_is_as_good_as_scikit_learns(n, perplexity):
-    """A wrong perplexity, a poor descent, or a divergence told wrongly, would show."""
-    x = (unit_rows(n, 16) + torch.eye(16)[torch.arange(n) % 5]).detach()
-    y, divergence = scale.tsne(x, perplexity, torch.Generator().manual_seed(0))
-    theirs = manifold.TSNE(perplexity=perplexity, method="exact", init="random", random_state=0)
-    squared = squareform(pdist(x, "sqeuclidean")).astype(np.float32)
-    p = manifold._t_sne._joint_probabilities(squared, perplexity, 0)
-    q = 1 / (1 + pdist(y, "sqeuclidean"))
-    assert divergence == pytest.approx(2 * p @ np.log(2 * p * q.sum() / q), rel=1e-3)
-    assert divergence < 1.05 * theirs.fit(x.numpy()).kl_divergence_
 
 def test_views_are_augmented(demo, tmp_path):
     """A view of a test image, a plain one among the others, chance or a flip would show."""
