@@ -85,8 +85,7 @@ class Config:
     retrieve_image: str = flag("", "likewise by similarity to an image file", False)
     run: str = flag("", "finished run of scale, for --predict and --retrieve", False)
     criterion: str = flag("", "restrict to one task, such as pigmentation; default: all, jointly")
-    shuffle_labels: float = flag(0.0, "control: shuffle this share of the training labels; without "
-                                 "a number all, which should give chance", True, (-1e-9, 1))
+    shuffle_labels: float = flag(0.0, "control: share of shuffled labels; bare: 1", True, (-1e-9, 1))
     text_noise: float = flag(0.0, "share of the texts' words to swap or drop", True, (-1e-9, 1))
     views: int = flag(0, "views of a training image; 0: 8 with reports, else 1", True, (-1, 99))
     epochs: int = flag(150, "passes over the subset (Sec. 2.3.2)", True, (0, 10**6))
@@ -100,7 +99,6 @@ class Config:
     rows: str = flag("unit", "rows of Q in Eq. 2: unit length, or raw as written", True, "unit|raw")
     ce: str = flag("softmax", "entropies of Eq. 3; bce: one for each margin", True, "softmax|bce")
     negative_prompt: str = flag("", "second prompt of the AUC; default: the data set's own")
-
     named = property(lambda self: {f.name: getattr(self, f.name) for f in fields(self)
                                    if f.metadata["named"]})  # what makes another run
 
@@ -171,7 +169,6 @@ class Samples:
     split: np.ndarray       # (N,) of "train", "valid", "test"
     sentence: torch.Tensor  # (N, H) number of the text that says h of the image; -1: not shown
     texts: list             # S report sentences, none where prompts come from the taxonomy
-
     def name(self, n):
         """The path of image n from its folder on, and the combinations that it shows."""
         shown = itertools.compress(self.taxonomy.combination.names, self.sentence[n] >= 0)
@@ -241,8 +238,7 @@ def stratified_subset(truth, fraction, generator):
     labels, n = truth.numpy(), len(truth)  # Choice: sklearn's way refuses labels with one member
     wanted = labels.sum(0) * np.array([[fraction], [1 - fraction]])  # (2, K)
     room = [round(fraction * n), n - round(fraction * n)]
-    chosen = np.full(n, -1)
-    order = torch.randperm(n, generator=generator).numpy()
+    chosen, order = np.full(n, -1), torch.randperm(n, generator=generator).numpy()
     while (chosen < 0).any():
         counts = labels[chosen < 0].sum(0)
         rarest = np.where(counts > 0, counts, n + 1).argmin()
@@ -269,6 +265,12 @@ def progress(items, total, label):
             rate = done / (time.monotonic() - start)
             line = f"{label} {done}/{total}, {rate:.1f}/s, {(total - done) / rate:.0f} s left"
             sys.stderr.write(line.ljust(79 * live) + ("\r" if live and done < total else "\n"))
+
+def rotated(items):
+    """A list in an order of its own for each process of torchrun: what one of them has finished
+    lies in --out, so that the others, which come to it later, need not do it again."""
+    first = len(items) * int(os.environ.get("RANK", 0)) // int(os.environ.get("WORLD_SIZE", 1))
+    return items[first:] + items[:first]
 
 def replace_file(path, write):
     """Call write(temporary path), then rename: a file or folder under its final name is whole."""
@@ -334,30 +336,33 @@ def embed(keys, items, folder, load, encode):
     folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit."""
     cache, items = {}, dict(zip(keys, items, strict=True))
     for path in sorted(folder.glob("*.safetensors")):
-        with contextlib.suppress(SafetensorError):  # damaged: computed again
+        try:
             cache |= load_file(path)
-    batches = [list(items)[i:i + 32] for i in range(0, len(items), 32)]
+        except SafetensorError:  # damaged: computed again
+            path.unlink()
+    batches = rotated([list(items)[i:i + 32] for i in range(0, len(items), 32)])
     todo = [batch for batch in batches if not cache.keys() >= set(batch)]
     with ThreadPoolExecutor(4) as pool:  # pairwise: the next is loaded while one is encoded
         loaded = itertools.pairwise(pool.map(load, map(items.get, batch)) for batch in [*todo, []])
         steps = progress(zip(todo, loaded, strict=True), len(todo), "embedding, batches of 32:")
         for batch, (ready, _) in steps:
-            features = zip(batch, F.normalize(encode([*ready]).cpu(), dim=-1), strict=True)
-            new = {key: feature for key, feature in features if key not in cache}
-            name = hashlib.sha256("".join(new).encode()).hexdigest() + ".safetensors"
-            write_files(folder, {name: save(new)})
-            cache |= new
+            new = [key for key in batch if key not in cache]
+            path = folder / (hashlib.sha256("".join(new).encode()).hexdigest() + ".safetensors")
+            if not path.exists():  # else another process has been here
+                x = dict(zip(batch, F.normalize(encode([*ready]).cpu(), dim=-1), strict=True))
+                write_files(folder, {path.name: save({key: x[key] for key in new})})
+            cache |= load_file(path)
     return torch.stack([cache[key] for key in keys])
 
 def embed_both(pictures, texts, name, config):
     """Unit features of pictures and texts by backbone `name`, it, and its checkpoint's sha256."""
-    device = config.device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = config.device.replace("auto", own)
     with reading(f"--device {device}", "try --device cpu"):
         backbone = load_backbone(name, device, getattr(torch, config.dtype))
     checkpoint = digest_file(backbone.path)
     key = checkpoint + json.dumps([backbone.describe(), config.dtype])
-    key = hashlib.sha256(key.encode()).hexdigest()
-    cache = Path(config.out) / "cache" / key[:16]
+    cache = Path(config.out) / "cache" / hashlib.sha256(key.encode()).hexdigest()[:16]
     keys = [hashlib.sha256(b"text:" + text.encode()).hexdigest() for text in texts]
     words = embed(keys, texts, cache, str, lambda batch: torch.cat(
         [backbone.encode_text([text]) for text in batch]))  # alone: none depends on another
@@ -935,7 +940,7 @@ def embed_dataset(config):
         taxonomy = make_taxonomy(spec)
     origin = {"backbone": name, "checkpoint_sha256": checkpoint, "prompts": prompts,
               "data_and_code_sha256": hashlib.sha256(b"".join(content)).hexdigest(),
-              "taxonomy": spec, "device": str(device), "torch": torch.__version__}
+              "taxonomy": spec, "device": device.type, "torch": torch.__version__}
     tensors = images.unflatten(0, (-1, count)), words[:len(prompts)], words[len(prompts):]
     return Embedded(samples, taxonomy, *(x.to(device) for x in (*tensors, samples.sentence)),
                     backbone.logit_scale, origin, functools.partial(load_backbone, name, device))
@@ -947,9 +952,12 @@ def start_worker():
 
 def run_all(jobs, given):
     """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
+    mine = rotated([*zip(jobs, given, strict=True)])
     with ProcessPoolExecutor(min(32, os.cpu_count()), None, start_worker) as pool:
-        results = (pool.map if given[0].images.is_cpu else map)(run_once, jobs, given)
-        return list(zip(jobs, progress(results, len(jobs), "run"), strict=True))
+        results = (pool.map if given[0].images.is_cpu else map)(run_once, *zip(*mine, strict=True))
+        results = progress(results, len(jobs), "run")
+        done = {job: metrics for (job, _), metrics in zip(mine, results, strict=True)}
+    return [(job, done[job]) for job in jobs]
 
 def search(config, data, splits):
     """Rank all weights out of 0, .1, 1 of Eq. 3 by class-concept F1 on the validation split."""

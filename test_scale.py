@@ -752,6 +752,16 @@ def test_grid_ranks_on_validation_images(folder):
     assert len(found) == 81 and {run["n_test"] for run in found.values()} == {203}
     assert f"--lambdas {best} " in grid.splitlines()[0] and len(grid.splitlines()) == 5
 
+def test_torchrun_shares_the_work(demo, folder):
+    """A batch or a run left out, done otherwise or twice, would show."""
+    shutil.rmtree(folder / "runs")
+    python(folder, "-m", "torch.distributed.run", "--nproc-per-node=2", *COMMAND, "--frac", "0.05",
+           "--splits", "2")
+    for path in demo[0].glob("runs/demo-*/metrics.json"):
+        one, two = (json.loads((at / path.relative_to(demo[0])).read_text())["class_concept"]
+                    for at in (demo[0], folder))
+        assert one == pytest.approx(two, abs=1e-5)
+
 @pytest.mark.parametrize("flags, change, words", [
     ("--frac 2", (), "--frac"), ("--method scala", (), "scala"), ("--criterion x", (), "pigment"),
     ("--dataset derm7p", (), "data_prep.py derm7p"), ("--backbone monet", (), "weights monet"),

@@ -118,9 +118,8 @@ class Backbone:
     @torch.no_grad()
     def encode(self, tower, *inputs):
         """(N, D) of a tower; InputError if a weight's NaN or infinity has reached them."""
-        table = self.word_table
-        x = tower(self.tensors, *(x.to(table if x.is_floating_point() else table.device)
-                                  for x in inputs)).float()
+        like = self.word_table, self.word_table.device  # tokens stay integers
+        x = tower(self.tensors, *(x.to(like[not x.is_floating_point()]) for x in inputs)).float()
         if not torch.isfinite(x).all():
             with reading(self.path):
                 raise ValueError("its weights give embeddings with NaN or infinity")
