@@ -85,7 +85,7 @@ class Config:
     retrieve_image: str = flag("", "likewise by similarity to an image file", False)
     run: str = flag("", "finished run of scale, for --predict and --retrieve", False)
     criterion: str = flag("", "restrict to one task, such as pigmentation; default: all, jointly")
-    shuffle_labels: float = flag(0.0, "control: share of shuffled labels; bare: 1", True, (-1e-9, 1))
+    shuffle_labels: float = flag(0.0, "control: share of labels to shuffle", True, (-1e-9, 1))
     text_noise: float = flag(0.0, "share of the texts' words to swap or drop", True, (-1e-9, 1))
     views: int = flag(0, "views of a training image; 0: 8 with reports, else 1", True, (-1, 99))
     epochs: int = flag(150, "passes over the subset (Sec. 2.3.2)", True, (0, 10**6))
