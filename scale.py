@@ -868,20 +868,21 @@ def explain(cosines, taxonomy, logit_scale):
     return told
 
 def embed_adapted(config, paths, texts=()):
-    """By the run in --run: what it stored, its image adapter, adapted features (N, D) of images
-    and (H + 1 + S, D) of its own prompts and S texts, its backbone. InputError if that changed."""
-    folder = Path(config.run)
-    with reading(folder, "name the folder of a finished run of --method scale in --run"):
-        stored = json.loads((folder / "config.json").read_text())
-        state = load_file(folder / "adapter.safetensors")
-        look, read = (Adapter(*state[f"{branch}.up.weight"].shape, 0.5)
-                      for branch in ("image", "text"))
+    """By the run in --run: its taxonomy, image adapter, adapted features (N, D) of images and
+    (H + 1 + S, D) of its own prompts and S texts, its backbone. InputError if that changed."""
+    with reading(config.run, "name the folder of a finished run of --method scale in --run"):
+        stored = json.loads((Path(config.run) / "config.json").read_text())
+        state = load_file(Path(config.run) / "adapter.safetensors")
+        taxonomy = make_taxonomy(stored["taxonomy"])
+        if len(stored["prompts"]) != len(taxonomy.combination.names) + 1:
+            raise ValueError("as many prompts as combinations, and one, are needed")
+        look, read = (Adapter(*state[f"{x}.up.weight"].shape, 0.5) for x in ("image", "text"))
         nn.ModuleDict({"image": look, "text": read}).requires_grad_(False).load_state_dict(state)
-    images, words, backbone, checkpoint = embed_both(
-        [(path, 0) for path in paths], [*stored["prompts"], *texts], stored["backbone"], config)
-    if checkpoint != stored["checkpoint_sha256"]:
-        raise InputError(f"{backbone.path} is not what {folder} was trained on: train again.")
-    return stored, look, look(images), read(words), backbone
+        images, words, backbone, checkpoint = embed_both(
+            [(path, 0) for path in paths], [*stored["prompts"], *texts], stored["backbone"], config)
+        if checkpoint != stored["checkpoint_sha256"]:
+            raise InputError(f"{backbone.path} is not what {config.run} learnt on: train again.")
+        return taxonomy, look, look(images), read(words), backbone
 
 def listed(values):
     """Names and values, to two places, as a text."""
@@ -889,8 +890,8 @@ def listed(values):
 
 def predict(config):
     """Print, and write to <out>/predictions.json, the classes of images and what decided them."""
-    stored, look, images, texts, backbone = embed_adapted(config, config.predict)
-    taxonomy, files, results = make_taxonomy(stored["taxonomy"]), {}, {}
+    taxonomy, look, images, texts, backbone = embed_adapted(config, config.predict)
+    files, results = {}, {}
     for n, (path, z) in enumerate(zip(config.predict, images @ texts.T, strict=True)):
         results[path] = reasons = explain(z, taxonomy, backbone.logit_scale)
         for task, x in reasons.items():
@@ -904,16 +905,15 @@ def predict(config):
             maps = texts[decided] @ look(F.normalize(patches)).T  # (T, L)
             card = draw_card(pixels[0].float().cpu(), maps, reasons)
             files[f"cards/{n}-{Path(path).stem}.png"] = card
-    text = json.dumps(results, indent=1) + "\n"
-    write_files(Path(config.out), files | {"predictions.json": text})
+    write_files(Path(config.out), files | {"predictions.json": json.dumps(results, indent=1)})
 
 def retrieve(config):
     """Rank a prepared folder's images by adapted similarity to a text, an image or the mean of
     both: <out>/retrieved.csv, and the first 24 on a contact sheet, <out>/retrieved.png."""
     samples, texts = read_samples(find_folder(config)), [config.retrieve] * bool(config.retrieve)
     paths = samples.images + [config.retrieve_image] * bool(config.retrieve_image)
-    stored, _, images, words, _ = embed_adapted(config, paths, texts)
-    asked = torch.cat([words[len(stored["prompts"]):], images[len(samples.images):]]).mean(0)
+    _, _, images, words, _ = embed_adapted(config, paths, texts)
+    asked = torch.cat([words[len(words) - len(texts):], images[len(samples.images):]]).mean(0)
     similarity, order = (images[:len(samples.images)] @ asked).sort(descending=True, stable=True)
     ranked = enumerate(zip(similarity.tolist(), order.tolist(), strict=True), 1)
     rows = [[rank, samples.images[n], f"{x:.4f}", samples.name(n)[1]] for rank, (x, n) in ranked]
@@ -952,11 +952,10 @@ def start_worker():
 
 def run_all(jobs, given):
     """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
-    mine = rotated([*zip(jobs, given, strict=True)])
+    mine, given = rotated(jobs), rotated(given)
     with ProcessPoolExecutor(min(32, os.cpu_count()), None, start_worker) as pool:
-        results = (pool.map if given[0].images.is_cpu else map)(run_once, *zip(*mine, strict=True))
-        results = progress(results, len(jobs), "run")
-        done = {job: metrics for (job, _), metrics in zip(mine, results, strict=True)}
+        results = (pool.map if given[0].images.is_cpu else map)(run_once, mine, given)
+        done = dict(zip(mine, progress(results, len(jobs), "run"), strict=True))
     return [(job, done[job]) for job in jobs]
 
 def search(config, data, splits):

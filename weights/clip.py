@@ -43,8 +43,8 @@ def read_settings(folder, w):
         names = "num_hidden_layers", "num_attention_heads", "hidden_act"
         given = map(stated.get, names, (theirs.get("layers", len(norms)), heads, usual))
         depth, heads, activation = settings[tower] = tuple(given)
-        if activation not in ACTIVATIONS or not heads or width % heads:
-            raise ValueError(f"{activation} and {heads} heads for a {tower} tower of width {width}")
+        if activation not in ACTIVATIONS or not heads or width % heads or depth > 999:
+            raise ValueError(f"{tower}: {depth} layers of {width}, {heads} heads, {activation}")
     monet = "monet" in folder.absolute().name.lower()
     usual = TABLES["pixels"]["imagenet" if monet else "clip"]
     stated = pixels or {"image_" + k: v for k, v in other.get("preprocess_cfg", {}).items()}
@@ -65,6 +65,7 @@ class CLIP(Backbone):
             self.settings = settings = read_settings(folder, w)
             self.tensors = check_tensors(w, "clip", (settings["vision"][0], settings["text"][0]))
             settings["pixels"]["side"] = int((len(w[PLACES]) - 1) ** .5) * w[PATCHES].shape[-1]
+            self.preprocess(Image.new("L", (1, 1)))  # as a trial
         self.last_block = f"vision_model.encoder.layers.{settings['vision'][0] - 1}."
         old = folder / "merges.txt", folder / "vocab.json"  # the older kind of files
         self.files = old if old[0].exists() else [folder / "tokenizer.json"]
