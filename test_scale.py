@@ -526,51 +526,50 @@ def test_supcon_blocks_and_forms():
     assert torch.autograd.gradcheck(lambda x, tau: supcon_loss(
         x.T.clone().T, g[:7] % 3, tau, reduction="none"), (unit_rows(7, 4), tau))
     x, y, g, kept = unit_rows(64, 4), unit_rows(100_000, 4, 1), torch.arange(100_000) % 50, []
-    with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.append(t.numel()) or t, torch.clone):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
         loss = supcon_loss(x, g[:64], 0.1, contrast=y, contrast_labels=g)
     sums = torch.zeros(50, 4).double().index_add(0, g, y)[g[:64]]  # of a class, 2,000 rows
-    assert_same(loss, ((x @ y.T * 10).logsumexp(1) - (x * sums).sum(1) / 200).mean(), (x, y))
+    torch.testing.assert_close(
+        loss, ((x @ y.T * 10).logsumexp(1) - (x * sums).sum(1) / 200).mean())
     assert sum(kept) < 5 * y.numel()  # of 64 x 100,000 pairs
 
-def test_supcon_mistakes_are_named():
-    """A mistake that passes, or a second derivative that is silently zero, would show."""
-    x, labels = unit_rows(6, 4), torch.arange(6)
-    for wrong in ({"features": x[0]}, {"features": x.long()}, {"labels": labels[:5]}, {"both": 1},
-                  {"labels": labels.float()}, {"temperature": 0}, {"labels": None}, {"contrast": x},
+def test_supcon_where_it_is_copied(tmp_path):
+    """A mistake that passes, a second derivative that is zero, a graph break, a false fake,
+    rounding by autocast, an import from the project or a need for Triton would show."""
+    x, g = unit_rows(80, 16, dtype=torch.float32), torch.arange(80) % 9
+    for wrong in ({"features": x[0]}, {"features": x.long()}, {"labels": g[:5]}, {"both": True},
+                  {"labels": g.float()}, {"temperature": 0}, {"labels": None}, {"contrast": x},
                   {"temperature": torch.tensor(-1.0)}, {"impl": "triton"}, {"reduction": "max"}):
         with pytest.raises(ValueError, match="expected .*doc.*not .*torch."):
-            supcon_loss(**{"features": x, "labels": labels} | wrong)
-    assert supcon_loss(x, labels.int() % 2).equal(supcon_loss(x, (labels % 2).bool()))
-    gradient, = torch.autograd.grad(supcon_loss(x, labels % 2), x, create_graph=True)
+            supcon_loss(**{"features": x, "labels": g} | wrong)
+    gradient, = torch.autograd.grad(supcon_loss(x, g), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
-
-def test_supcon_compile_and_autocast():
-    """A graph break, a false fake, rounding by autocast would show."""
-    x, g = unit_rows(80, 16, dtype=torch.float32), torch.arange(80) % 9
+    assert supcon_loss(x, g.int() % 2).equal(supcon_loss(x, (g % 2).bool()))
     for loss in (supcon_loss, lambda x, g: product_supcon_loss(x, x.detach(), g)):
         assert_same(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, g), loss(x, g), x)
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(loss(x, g), loss(x, g), x, 0, 0)  # also: the same bits from run to run
     torch.library.opcheck(supcon.all_pairs, (
         x, g, x.detach().norm(), x.new_empty(0), 80, True, False, False, None))
+    shutil.copy(supcon.__file__, tmp_path / "loss.py")
+    code = ("import sys, torch; sys.modules['triton'] = None; from loss import supcon_loss; "
+            "print(supcon_loss(torch.ones(8, 4) / 2, torch.zeros(8).long()).item())")
+    assert float(python(tmp_path, "-c", code).stdout) == pytest.approx(math.log(7))
 
 def run_process(rank, rendezvous):
     torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)
     weight, (x, y), found = unit_rows(5, 6, 9), (unit_rows(40, 6, s).detach() for s in (1, 2)), []
     labels = torch.where(torch.arange(40) < 25, torch.arange(40) % 4, torch.arange(40))
-    for group in (None, torch.distributed.group.WORLD):
-        rows = slice(20 * rank, 20 * rank + 20) if group else slice(40)
+    for group, rows in ((None, slice(40)), (torch.distributed.group.WORLD, [*range(40)][rank::2])):
         a, b = (F.normalize(t[rows] @ weight.T, dim=1) for t in (x, y))
         g, h = labels[rows], labels.flip(0)[rows]
-        losses = torch.stack([
-            supcon_loss(a, g, group=group), supcon_loss(a, contrast=b, group=group),
-            supcon_loss(a, g, contrast=b, contrast_labels=h, group=group, reduction="sum")])
-        found.append(torch.cat([losses.detach(), *(
-            torch.autograd.grad(x, weight, retain_graph=True)[0].flatten() for x in losses)]))
-    torch.distributed.all_reduce(found[1])
-    torch.testing.assert_close(found[1] / 2, found[0], atol=1e-12, rtol=1e-10)
+        for loss in (supcon_loss(a, g, group=group), supcon_loss(a, contrast=b, group=group),
+                     supcon_loss(a, g, contrast=b, contrast_labels=h, group=group)):
+            found += [loss.detach(), torch.autograd.grad(loss, weight, retain_graph=True)[0]]
+    for one, two in zip(found[:6], found[6:], strict=True):
+        torch.distributed.all_reduce(two)
+        torch.testing.assert_close(two / 2, one, atol=1e-12, rtol=1e-10)
     torch.distributed.destroy_process_group()
 
 def test_supcon_two_processes_equal_one(tmp_path):
@@ -622,9 +621,9 @@ def test_triton_compiles_without_spills(tmp_path, arch, dtype, shape, weights):
     from triton.backends.compiler import GPUTarget
     names = supcon._tile_kernel.arg_names
     constants = dict(zip("RCD", shape, strict=True), DIM=768, WEIGHTS=weights)
-    kinds = {"a_ptr": dtype, "b_ptr": dtype, "a_label_ptr": "i64", "b_label_ptr": "i64",
-             "weight_ptr": dtype if weights else "fp32"}
-    types = {n: "*" + kinds.get(n, "fp32") if n.endswith("_ptr") else "i32" for n in names}
+    types = {n: "*fp32" if n.endswith("_ptr") else "i32" for n in names}
+    types |= dict.fromkeys(("a_ptr", "b_ptr", "weight_ptr"), "*" + dtype)
+    types |= dict.fromkeys(("a_label_ptr", "b_label_ptr"), "*i64")
     types |= dict.fromkeys(constants, "constexpr")
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
     source = triton.compiler.ASTSource(supcon._tile_kernel, types, constants, aligned)
@@ -633,13 +632,6 @@ def test_triton_compiles_without_spills(tmp_path, arch, dtype, shape, weights):
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.check_output([tool, "-res-usage", tmp_path / "cubin"], text=True)
     assert "STACK:0 " in usage and "mma." in built.asm["ptx"], usage  # it uses tensor cores
-
-def test_supcon_file_alone(tmp_path):
-    """An import from the project, or a need for Triton where there is none, would show."""
-    shutil.copy(supcon.__file__, tmp_path / "loss.py")
-    code = ("import sys, torch; sys.modules['triton'] = None; from loss import supcon_loss; "
-            "print(supcon_loss(torch.ones(8, 4) / 2, torch.zeros(8).long()).item())")
-    assert float(python(tmp_path, "-c", code).stdout) == pytest.approx(math.log(7))
 
 def test_interrupted_embedding_goes_on(demo, tmp_path, monkeypatch):
     """After a half JPEG only what is missing is computed, to the bit; else nothing."""
