@@ -5,7 +5,7 @@ Reference implementation of Engelson, Ehrhardt, Handels, SPIE Medical Imaging 20
 
     python scale.py --dataset demo --frac 0.05        # synthetic phantoms, one minute, no download
     python scale.py --dataset derm7p --frac 0.05      # after data_prep.py; MONET in weights/monet
-    python scale.py --dataset derm7p --sweep          # every fraction and split; report, figures
+    python scale.py --dataset derm7p --sweep          # every fraction and split; report, figure
     python scale.py --predict a.jpg --run runs/RUN    # the classes of images, and the reasons
 
 It reads in the order in which data flow. `grep -n '^# ----' scale.py` prints its contents,
@@ -77,7 +77,7 @@ class Config:
     out: str = flag("runs", "where the runs and the cache of embeddings go", False)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", False)
     dtype: str = flag("float32", "of the encoder; bfloat16 is for GPUs", True, "float32|bfloat16")
-    sweep: bool = flag(False, "fractions .05 .1 .25 .5 1; report and figures in --out", False)
+    sweep: bool = flag(False, "fractions .05 .1 .25 .5 1; report and figure in --out", False)
     grid: bool = flag(False, "search the lambdas on the validation split; prints the best")
     predict: tuple = flag((), "image files: print their classes and what decided them", False)
     card: bool = flag(False, "with --predict: also a PNG an image, with maps of similarity", False)
