@@ -100,7 +100,7 @@ def test_objective_is_equation_3(n, rows, unit, free, bce):
     assert_same(loss, expected, [z, *(pairs or ())], 1e-5, 1e-5)
 
 @pytest.mark.parametrize("exclusive", [True, False])
-def test_only_the_adapters_train(exclusive):
+def test_training_on_frozen_features(exclusive):
     """A slip in Eq. 1, features that moved, wrong pairs, a probe short of its optimum show."""
     data, frozen, log = tiny_data(24, exclusive), tiny_data(24, exclusive), []
     turned = torch.cat([data.views, data.views.roll(1, 0)], 1)  # views are drawn from
@@ -195,6 +195,7 @@ def read_csv(path):
 def prepare(name, raw, *flags):
     assert data_prep.main([name, str(raw), "--data", str(raw), *flags]) == 0
     samples = scale.read_samples(raw / name)
+    assert all(path.is_file() for path in samples.images)
     shown = (samples.sentence[samples.split == x] >= 0 for x in ("train", "valid", "test"))
     return samples.images, torch.stack([part.sum(0) for part in shown])  # (3, H)
 
@@ -202,12 +203,10 @@ def test_derm7p_release(folder):
     """Paths in the wrong case, 1-based indices, counts unlike Derm7p's, a wrong class show."""
     release, tables = folder / "data/demo/release_v0", data_prep.RELEASES
     (release / "images" / "P03").rename(release / "images" / "p03")
-    images, counts = prepare("derm7p", release)
+    assert prepare("derm7p", release)[1].T.tolist() == [*tables["images"]["derm7p"].values()]
     rows = read_csv(release / "meta/meta.csv"), read_csv(release / "derm7p/samples.csv")
     for meta, row in zip(*rows, strict=True):
         assert row["labels"].split(";") == [data_prep.DERM7P[c][meta[c]] for c in data_prep.DERM7P]
-    known = [*tables["images"]["derm7p"].values()]
-    assert counts.T.tolist() == known and all(path.is_file() for path in images)
     assert {c["name"] for task in tables["taxonomies"]["derm7p"]["tasks"]
             for c in task["combinations"] if c["class"] == "melanoma"} == tables["scores"].keys()
 
@@ -309,6 +308,7 @@ def written_clip():
     shape = dict(num_hidden_layers=11, num_attention_heads=4, intermediate_size=96)
     text = dict(hidden_size=32, hidden_act="gelu", vocab_size=685, eos_token_id=684)
     image = dict(hidden_size=48, hidden_act="quick_gelu", image_size=40, patch_size=8)
+    torch.manual_seed(0)
     model = hf.CLIPModel(hf.CLIPConfig(text_config=shape | text, vision_config=shape | image))
     for p in model.eval().parameters():  # random biases and norms too
         p.data += 0.15 * torch.randn_like(p)
@@ -327,6 +327,7 @@ def written_medclip():
     words = "[PAD] [UNK] [CLS] [SEP] lung ##ung ##ac heart ##ies Lung".split()
     words += [*"abcdefgilnoprstuvy.,-²ß中", *("##" + c for c in "aeilnorstx²")]
     (folder / "vocab.txt").write_text("\n".join([*words, ""]))
+    torch.manual_seed(0)
     swin = hf.SwinModel(hf.SwinConfig(embed_dim=32, num_heads=[2, 4, 8, 16]))
     bert = hf.BertModel(hf.BertConfig(vocab_size=len(words), hidden_size=128,
                                       num_attention_heads=2, intermediate_size=512))
@@ -641,8 +642,7 @@ def test_commands(demo, folder):
     rows = read_csv((report := folder / "runs" / "report-demo") / "results.csv")
     shown = "".join(ET.parse(report / "figures" / "scores.svg").getroot().itertext())
     assert len(rows) == 15 and "at 50%" in out and "leads" in (report / "report.md").read_text()
-    assert all(value in shown for row in rows for value in row.values())
-    assert (rows[0]["n_train"], rows[0]["n_test"]) == ("21", "395")  # at 5%
+    assert rows[0]["n_train"] == "21" and all(x in shown for row in rows for x in row.values())
     assert {float(row["class_f1"]) for row in rows} == {x["class"]["f1"] for _, x in runs}
     scale.write_files(folder / "runs/demo-demo-scale-0.05-s1", {"config.json": "another version"})
     assert run("--frac 0.05 --splits 2")[0] == demo[1]
@@ -650,8 +650,8 @@ def test_commands(demo, folder):
         other = folder / path.relative_to(demo[0])  # s0 is the sweep's; log.jsonl holds times
         assert path.name == "log.jsonl" or other.read_bytes() == path.read_bytes(), path
     _, runs = run("--shuffle-labels --method linear-weighted,scale --frac .5 --splits 2", "*=1.0")
-    assert max(x["class"]["f1"] for _, x in runs) < 0.55  # zero-shot: .58, .42
-    assert max(x["class_concept"]["f1"] for _, x in runs) < 0.35
+    found = np.max([(x["class"]["f1"], x["class_concept"]["f1"]) for _, x in runs], axis=0)
+    assert (found < (0.55, 0.35)).all()  # zero-shot: .58, .42
     grid, runs = run("--grid --frac 0.05 --splits 1 --epochs 2", "*grid*")
     best, _ = max(runs, key=lambda run: run[1]["class_concept"]["f1"])
     assert len(runs) == 81 and {x["n_test"] for _, x in runs} == {203}  # validation images
