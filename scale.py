@@ -277,8 +277,7 @@ def replace_file(path, write):
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(unfinished, ignore_errors=True)
-    with reading(path, "see that there is room and that the folder may be written"):
-        write(unfinished)
+    write(unfinished)
     shutil.rmtree(path, ignore_errors=True)  # a folder; a file is replaced as it stands
     with contextlib.suppress(OSError if path.is_dir() else ()):  # another process was as fast
         os.replace(unfinished, path)
