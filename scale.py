@@ -869,7 +869,7 @@ def explain(cosines, taxonomy, logit_scale):
 def embed_adapted(config, paths, texts=()):
     """By the run in --run: its taxonomy, image adapter, adapted features (N, D) of images and
     (H + 1 + S, D) of its own prompts and S texts, its backbone. InputError if that changed."""
-    with reading(config.run, "name the folder of a finished run of --method scale in --run"):
+    with reading(f"--run {config.run}", "name the folder of a finished run of --method scale"):
         stored = json.loads((Path(config.run) / "config.json").read_text())
         state = load_file(Path(config.run) / "adapter.safetensors")
         taxonomy = make_taxonomy(stored["taxonomy"])
