@@ -532,8 +532,8 @@ def test_triton_in_interpreter():
         for rows, alone in ((len(x), True), (n, False), (n, True)):  # the last as in a group
             slopes = []  # exact, of plain float32, of Triton
             for z, triton in ((x, False), (x.float(), False), (x.float(), True)):
-                lse, total, count = supcon.all_pairs(z, g, z.new_tensor(25.), z.new_empty(0), rows,
-                                                     alone, False, triton, None)[0][:, :rows]
+                lse, total, count, _ = supcon.all_pairs(z, g, z.new_tensor(25.), z.new_empty(0),
+                    rows, alone, False, triton, None)[0][:, :rows]
                 loss = torch.where(count > 0, lse - total / count.clamp(min=1), 0).sum()
                 slopes += [loss, *torch.autograd.grad(loss, x)]
             for a, b, c in zip(slopes[:2], slopes[2:4], slopes[4:], strict=True):

@@ -4,10 +4,9 @@
     loss_i = log sum_{j != i} exp(x_i . x_j / tau) - mean_{p in P(i)} x_i . x_p / tau
 
 P(i): the others with the label of i (L_out of Khosla et al., arXiv:2004.11362). Autograd keeps five
-N x N matrices; here a tile of pairs is made twice and never kept. Forward, it gives log-sum-exp,
-sum and number of positives of its rows AND its columns: the upper triangle is enough if symmetric,
-CLIP's two directions are one pass. Backward, it becomes dL/dlogits, confident positives subtracted
-before any rounding. No atomics: repeatable. On a GPU Triton makes it (NOT yet run on one).
+N x N matrices; here a tile of pairs is made twice, never kept: forward, for log-sum-exp, sum and
+number of positives of its rows AND columns (a triangle is enough, or both directions are one pass);
+backward, for dL/dlogits, positives subtracted before rounding. Repeatable. NOT yet run on a GPU.
 
     loss = supcon_loss(torch.nn.functional.normalize(features, dim=1), labels)
     python supcon.py 512 4096        # benchmark at these N; checks the gradient first"""
@@ -43,12 +42,12 @@ def _torch_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
         same.fill_diagonal_(0)
         logits.fill_diagonal_(-1e30)
     if rows is not None:
-        weights = (logits - rows[0, :, None]).exp_().mul_(rows[1, :, None])
-        weights += logits.sub_(cols[0]).exp_().mul_(cols[1])
+        log2e = 1.4426950408889634  # exp2 is faster than exp
+        weights = (logits - rows[0, :, None]).mul_(log2e).exp2_().mul_(rows[1, :, None])
+        weights += logits.sub_(cols[0]).mul_(log2e).exp2_().mul_(cols[1])
         return weights.add_(same.mul_(torch.add(rows[2, :, None], cols[2], out=logits)))
-    positives = same * logits
-    return [torch.stack([logits.logsumexp(d), positives.sum(d), same.sum(d)])[None]
-            for d in (1, 0)[: 2 - itself]]
+    return [torch.stack([logits.amax(d) - logits.log_softmax(d).amax(d),  # logsumexp, but faster
+                         (same * logits).sum(d), same.sum(d)])[None] for d in (1, 0)[: 2 - itself]]
 
 if triton is not None:
     @triton.jit
@@ -102,49 +101,51 @@ def _triton_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
 @torch.library.custom_op(__name__.replace(".", "_") + "::all_pairs", mutates_args=())
 def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: int, alone: bool,
               unit: bool, use_triton: bool, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x (L, D), labels (L,) -> each sample's (lse, positive sum, count) over its pairs: (3, L).
-    Pairs: the first `rows` samples with the rest; `alone`, also with each other, each pair once
-    for both. Logits: scale x_i . metric x_j, metric (D, D), or (0,) for none; unit: of rows divided
-    by sqrt(x_i . metric x_i). given (lse, dL/dlse, dL/dsum): dL/dx, dL/dscale, 2 dL/dmetric."""
+    """x (L, D), labels (L,) -> each sample's (lse, positive sum, count, norm), (4, L). Pairs: the
+    first `rows` samples with the rest; `alone`, also with each other, each pair once for both.
+    Logits: scale x_i . metric x_j, metric (D, D), or (0,) for none; unit: of rows over their norm
+    sqrt(x_i . metric x_i). given lse, dL/dlse, dL/dsum, norm: dL/dx, dL/dscale, 2 dL/dmetric."""
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         dtype, wide, tile = x.dtype, scale.dtype, _triton_tile if use_triton else _torch_tile
-        x = x if use_triton else x.to(wide)
-        out = scale.new_tensor([[-1e30], [0], [0]]).repeat(1, len(x))
+        if not use_triton:  # labels below N are faster to compare
+            x, labels = x.to(wide), labels.unique(return_inverse=True)[1].int()
+        out = scale.new_tensor([[-1e30], [0], [0], [1]]).repeat(1, len(x))
         grad_scale, grad_metric = torch.zeros_like(scale), torch.zeros_like(metric)
-        left, length = x @ metric if metric.numel() else x, 1
-        if unit:
-            length = torch.einsum("nd,nd->n", left, x).clamp(min=1e-24).sqrt()[:, None]
-            x = x / length
-            left = left.div_(length) if metric.numel() else x
-        if given is not None:
-            out, peak = x.new_zeros(x.shape, dtype=wide), given[1:].abs().amax().clamp(min=1e-30)
-            given = torch.cat([given[:1], given[1:] / peak])  # weights that float16 can hold
-        sums = {} if x.dtype == wide else {"out_dtype": wide}
         step = 4096 if x.is_cuda else 256  # fills the device, stays in the cache
-        for i in range(0, rows, step):
-            r = slice(i, min(i + step, rows))
+        parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+        lefts = (x[r] @ metric if metric.numel() else x[r] for r in parts)  # one at a time
+        if given is not None:
+            out, peak = x.new_zeros(x.shape, dtype=wide), given[1:3].abs().amax().clamp(min=1e-30)
+            given = torch.cat([given[:1], given[1:3] / peak, given[3:]])  # float16 can hold it
+        elif unit:
+            lefts = [*lefts]
+            out[3] = torch.einsum("nd,nd->n", torch.cat(lefts), x).clamp(min=1e-24).sqrt()
+        norm = (out if given is None else given)[3:].T.to(x.dtype)
+        sums = {} if x.dtype == wide else {"out_dtype": wide}
+        for r, left in zip(parts, lefts, strict=True):
+            own, left = x[r] / norm[r], left / norm[r]
             starts = range(r.stop if alone else rows, len(x), 4 * step)
             for c in [r] * alone + [slice(j, j + 4 * step) for j in starts]:
-                block = left[r], x[c], labels[r], labels[c], scale, r == c
+                block = left, x[c] / norm[c] if unit else x[c], labels[r], labels[c], scale, r == c
                 if given is None:
                     for s, found in zip((r, c), tile(*block), strict=False):
-                        found = torch.cat([out[None, :, s], found])
-                        out[:, s] = torch.stack([found[:, 0].logsumexp(0), *found[:, 1:].sum(0)])
+                        found = torch.cat([out[None, :3, s], found])
+                        out[:3, s] = torch.stack([found[:, 0].logsumexp(0), *found[:, 1:].sum(0)])
                     continue
                 weights = tile(*block, given[:, r], given[:, c])
-                torch.addmm(out[r], weights, x[c], out=out[r], **sums)
-                if r != c:
-                    torch.addmm(out[c], weights.T, x[r], out=out[c], **sums)
-        if given is not None:
-            share = torch.einsum("nd,nd->n", out, left.to(wide))[:, None]
-            grad_scale += share.sum() * peak / 2  # each pair was in both rows
-            if unit:  # what the length takes away
-                out.addcmul_(x, share, value=-1)
-            if metric.numel():
-                torch.mm(x.T, out, out=grad_metric).mul_(peak * scale)
-                out = torch.mm(out, metric, out=left)
-            out = out.mul_(peak * scale / length).to(dtype)
-        return out, grad_scale, grad_metric
+                for s, w, z in ((r, weights, block[1]), (c, weights.T, own))[: 1 + (r != c)]:
+                    torch.addmm(out[s], w, z, out=out[s], **sums)
+            if given is not None:  # out[r] is complete
+                share = (out[r] * left).sum(1, keepdim=True)
+                grad_scale += share.sum()
+                out[r].addcmul_(own, share, value=-int(unit)).div_(norm[r])
+                if metric.numel():
+                    grad_metric.addmm_(x[r].T, out[r])
+                    out[r] = out[r] @ metric
+        if given is None:
+            return out, grad_scale, grad_metric
+        grad_scale += torch.einsum("nd,nd->", out[rows:], x[rows:].to(wide))  # 2 rows know a pair
+        return out.mul_(peak * scale).to(dtype), grad_scale * peak / 2, grad_metric * peak * scale
 
 def _save(ctx, inputs, output):
     ctx.flags = inputs[4:8]
@@ -153,11 +154,11 @@ def _save(ctx, inputs, output):
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
     *inputs, found = ctx.saved_tensors
-    x, *rest = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2]]))
+    x, *rest = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2], found[3:]]))
     return x, None, *rest, *[None] * 5
 
 all_pairs.register_fake(lambda x, labels, scale, metric, *flags: (
-    scale.new_empty(3, len(x)) if flags[-1] is None else torch.empty_like(x),
+    scale.new_empty(4, len(x)) if flags[-1] is None else torch.empty_like(x),
     torch.empty_like(scale), torch.empty_like(metric)))
 all_pairs.register_autograd(_backward, setup_context=_save)
 
@@ -213,7 +214,7 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     metric = x.new_empty(0) if _metric is None else _metric
     x = torch.cat([x, y]) if len(y) else x.contiguous()
     found, *_ = all_pairs(x, labels, scale, metric, n, alone, _unit, able and impl != "torch", None)
-    lse, total, count = found if both else found[:, :n]
+    lse, total, count, _ = found if both else found[:, :n]
     losses = torch.where(count > 0, lse - total / count.clamp(min=1), 0)
     total, anchors = losses.sum() * (group.size() if group else 1), (count > 0).sum()
     if group:
@@ -221,10 +222,9 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     return {"none": losses, "sum": total, "mean": total / anchors.clamp(min=1)}[reduction]
 
 def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
-    """Mean SupCon loss of the rows of Q = a @ b.T (N, M), in time N^2 min(D, M).
+    """Mean SupCon loss of the rows of Q = a @ b.T (N, M), in time N^2 min(D, M) and memory N D.
     a (N, D), b (M, D), labels (N,) of Q's rows; swap a and b for its columns. unit_rows: divided by
-    their norms. In float32 at least. Raises ValueError. Q Q^T = a (b^T b) a^T: b^T b is a metric.
-    """
+    their norms. Float32 at least. Raises ValueError. Q Q^T = a (b^T b) a^T: b^T b is a metric."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         narrow = len(b) <= b.shape[1]  # Q itself is no wider than a
