@@ -54,7 +54,7 @@ from torch import nn
 from kernels.supcon import product_supcon_loss
 from weights import InputError, reading
 from weights.clip import CLIP
-from weights.medclip import MedCLIP, is_medclip
+from weights.medclip import MedCLIP
 
 HERE = Path(__file__).resolve().parent
 LEVELS, SCORES = ("class", "class_concept"), ("accuracy", "recall", "f1", "auc", "auc_pair")
@@ -254,7 +254,8 @@ def load_backbone(name_or_folder, device="cpu", dtype=torch.float32):
     """Frozen encoder of weights/<name>/ or a folder, a `weights.Backbone`; InputError if unfit."""
     folders = HERE / "weights" / name_or_folder, Path(name_or_folder)
     folder = next(filter(Path.is_dir, folders), folders[0])
-    return (MedCLIP if is_medclip(folder) else CLIP)(folder).to(device, dtype)
+    family = MedCLIP if (folder / "vocab.txt").exists() else CLIP  # BERT's vocabulary
+    return family(folder).to(device, dtype)
 
 def progress(items, total, label):
     """Yield items; show count, rate, time left: redrawn in a terminal, at 1, 2, 4, ... in a log."""

@@ -456,10 +456,10 @@ def test_supcon_blocks_and_forms():
                     supcon_reference(q, g, tau), (a, b, tau))
     assert torch.autograd.gradcheck(lambda x, tau: supcon_loss(
         x.T.clone().T, g[:7] % 3, tau, reduction="none"), (unit_rows(7, 4), tau))
-    x, y, g, kept = unit_rows(64, 4), unit_rows(100_000, 4, 1), torch.arange(100_000) % 50, []
+    x, y, g, kept = unit_rows(64, 4), unit_rows(500_000, 4, 1), torch.arange(500_000) % 50, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
         supcon_loss(x, g[:64], contrast=y, contrast_labels=g)
-    assert sum(kept) < 5 * y.numel()  # of 64 x 100,000 pairs
+    assert sum(kept) < 5 * y.numel() + 24 * 2**19 < 64 * len(y)  # pairs
 
 def test_supcon_where_it_is_copied(tmp_path):
     """A mistake that passes, a graph break, rounding by autocast, an import it lacks would show."""
@@ -478,7 +478,7 @@ def test_supcon_where_it_is_copied(tmp_path):
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(loss(x, g), loss(x, g), x, 0, 0)  # also: the same bits from run to run
     torch.library.opcheck(supcon.all_pairs, (
-        x, g, x.detach().norm(), x.new_empty(0), 80, True, False, False, None))
+        x, g, x.detach().norm(), x.new_empty(0), 80, True, False, False, 32))
     shutil.copy(supcon.__file__, tmp_path / "loss.py")
     code = ("import sys, torch; sys.modules['triton'] = None; from loss import supcon_loss; "
             "print(supcon_loss(torch.ones(8, 4) / 2, torch.zeros(8).long()).item())")
@@ -497,6 +497,7 @@ def run_process(rank, rendezvous):
     for one, two in zip(found[:6], found[6:], strict=True):
         torch.distributed.all_reduce(two)
         torch.testing.assert_close(two / 2, one, atol=1e-12, rtol=1e-10)
+    os._exit(0)  # gloo's threads can abort an orderly end
 
 def test_supcon_two_processes_equal_one(tmp_path):
     """A gather without gradient, a wrong own pair, a mean over the local count would show."""
@@ -533,7 +534,7 @@ def test_triton_in_interpreter():
             slopes = []  # exact, of plain float32, of Triton
             for z, triton in ((x, False), (x.float(), False), (x.float(), True)):
                 lse, total, count, _ = supcon.all_pairs(z, g, z.new_tensor(25.), z.new_empty(0),
-                    rows, alone, False, triton, None)[0][:, :rows]
+                    rows, alone, False, triton, 0)[0][:, :rows]
                 loss = torch.where(count > 0, lse - total / count.clamp(min=1), 0).sum()
                 slopes += [loss, *torch.autograd.grad(loss, x)]
             for a, b, c in zip(slopes[:2], slopes[2:4], slopes[4:], strict=True):

@@ -4,14 +4,12 @@
     loss_i = log sum_{j != i} exp(x_i . x_j / tau) - mean_{p in P(i)} x_i . x_p / tau
 
 P(i): the others with the label of i (L_out of Khosla et al., arXiv:2004.11362). Autograd keeps five
-N x N matrices; here a tile of pairs is made twice, never kept: forward, for log-sum-exp, sum and
-number of positives of its rows AND columns (a triangle is enough, or both directions are one pass);
-backward, for dL/dlogits, positives subtracted before rounding. Repeatable. NOT yet run on a GPU.
+N x N matrices; here a tile of pairs is made twice, but for 48 MiB of them on a CPU: first for the
+log-sum-exp, sum and number of positives of its rows AND columns (a triangle is enough, or both
+directions are one pass), then for dL/dlogits. No atomics: repeatable. NOT yet run on a GPU.
 
-    loss = supcon_loss(torch.nn.functional.normalize(features, dim=1), labels)
     python supcon.py 512 4096        # benchmark at these N; checks the gradient first"""
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 try:
@@ -32,19 +30,20 @@ def supcon_reference(features, labels, temperature=0.07):
     return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
 
 # ---- 2. One tile of R rows and C columns, in torch and in Triton ---------------------------------
-def _torch_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
+def _torch_tile(a, b, a_labels, b_labels, scale, itself, old, rows=None, cols=None):
     """(lse, positive sum, count) of the tile's rows (1, 3, R) and of its columns (1, 3, C).
     Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
-    itself: rows and columns are the same samples: without the diagonal, the rows say all."""
-    logits = (a @ b.T).mul_(scale)
+    itself: a is b, without its diagonal; its rows say all. old: room for the logits, or None."""
+    logits = (a @ b.T).mul_(scale) if rows is None or old is None else old[:len(a), :len(b)].clone()
+    if rows is None and old is not None:
+        old[: len(a), : len(b)] = logits
     same = torch.eq(a_labels[:, None], b_labels, out=torch.empty_like(logits))  # 1 or 0
     if itself:
         same.fill_diagonal_(0)
         logits.fill_diagonal_(-1e30)
     if rows is not None:
-        log2e = 1.4426950408889634  # exp2 is faster than exp
-        weights = (logits - rows[0, :, None]).mul_(log2e).exp2_().mul_(rows[1, :, None])
-        weights += logits.sub_(cols[0]).mul_(log2e).exp2_().mul_(cols[1])
+        weights = (logits - rows[0, :, None]).exp_().mul_(rows[1, :, None])
+        weights += logits.sub_(cols[0]).exp_().mul_(cols[1])
         return weights.add_(same.mul_(torch.add(rows[2, :, None], cols[2], out=logits)))
     return [torch.stack([logits.amax(d) - logits.log_softmax(d).amax(d),  # logsumexp, but faster
                          (same * logits).sum(d), same.sum(d)])[None] for d in (1, 0)[: 2 - itself]]
@@ -85,35 +84,36 @@ if triton is not None:
                 tl.store(out + 2 * n, tl.sum(same.to(tl.float32), axis, keep_dims=True), i < n)
                 tl.store(out, top + tl.log(tl.sum(tl.exp(logits - top), axis, keep_dims=1)), i < n)
 
-def _triton_tile(a, b, a_labels, b_labels, scale, itself, rows=None, cols=None):
+def _triton_tile(a, b, a_labels, b_labels, scale, itself, old, rows=None, cols=None):
     """What `_torch_tile` does, by many tiles; their shape is the largest that does not spill."""
     r, c, d = (128, 64, 32) if a.dtype == torch.float32 else (128, 128, 64)
     grid, given = (triton.cdiv(len(a), r), triton.cdiv(len(b), c)), rows is not None
     weights = a.new_empty(len(a), len(b) * given)
-    if not given:
-        rows, cols = scale.new_empty(grid[1], 3, len(a)), scale.new_empty(grid[0], 3, len(b))
-    _tile_kernel[grid](
-        a, b, a_labels, b_labels, scale, rows.contiguous(), cols.contiguous(), weights,
-        len(a), len(b), int(itself), WEIGHTS=given, DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
+    rows, cols = (rows.contiguous(), cols.contiguous()) if given else (
+        scale.new_empty(grid[1], 3, len(a)), scale.new_empty(grid[0], 3, len(b)))
+    _tile_kernel[grid](a, b, a_labels, b_labels, scale, rows, cols, weights, len(a), len(b),
+                       int(itself), WEIGHTS=given, DIM=a.shape[1], R=r, C=c, D=d, num_warps=8)
     return weights if given else [rows, cols][: 2 - itself]
 
 # ---- 3. All pairs, as an operator that autograd and torch.compile know ---------------------------
 @torch.library.custom_op(__name__.replace(".", "_") + "::all_pairs", mutates_args=())
 def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: int, alone: bool,
-              unit: bool, use_triton: bool, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+              unit: bool, use_triton: bool, keep: int, given: Tensor | None = None,
+              kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """x (L, D), labels (L,) -> each sample's (lse, positive sum, count, norm), (4, L). Pairs: the
     first `rows` samples with the rest; `alone`, also with each other, each pair once for both.
     Logits: scale x_i . metric x_j, metric (D, D), or (0,) for none; unit: of rows over their norm
     sqrt(x_i . metric x_i). given lse, dL/dlse, dL/dsum, norm: dL/dx, dL/dscale, 2 dL/dmetric."""
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         dtype, wide, tile = x.dtype, scale.dtype, _triton_tile if use_triton else _torch_tile
-        if not use_triton:  # labels below N are faster to compare
-            x, labels = x.to(wide), labels.unique(return_inverse=True)[1].int()
+        x = x if use_triton else x.to(wide)
         out = scale.new_tensor([[-1e30], [0], [0], [1]]).repeat(1, len(x))
         grad_scale, grad_metric = torch.zeros_like(scale), torch.zeros_like(metric)
-        step = 4096 if x.is_cuda else 256  # fills the device, stays in the cache
+        step = 4096 if x.is_cuda else 512 if keep and rows > 2048 else 256  # fits the device, cache
         parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
         lefts = (x[r] @ metric if metric.numel() else x[r] for r in parts)  # one at a time
+        kept = scale.new_empty(keep, 512, 1024) if kept is None else kept
+        room = iter(kept)
         if given is not None:
             out, peak = x.new_zeros(x.shape, dtype=wide), given[1:3].abs().amax().clamp(min=1e-30)
             given = torch.cat([given[:1], given[1:3] / peak, given[3:]])  # float16 can hold it
@@ -124,9 +124,9 @@ def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: in
         sums = {} if x.dtype == wide else {"out_dtype": wide}
         for r, left in zip(parts, lefts, strict=True):
             own, left = x[r] / norm[r], left / norm[r]
-            starts = range(r.stop if alone else rows, len(x), 4 * step)
-            for c in [r] * alone + [slice(j, j + 4 * step) for j in starts]:
-                block = left, x[c] / norm[c] if unit else x[c], labels[r], labels[c], scale, r == c
+            starts = range(r.stop if alone else rows, len(x), 2 * step)
+            for c in [r] * alone + [slice(j, j + 2 * step) for j in starts]:
+                block = left, x[c] / norm[c], labels[r], labels[c], scale, r == c, next(room, None)
                 if given is None:
                     for s, found in zip((r, c), tile(*block), strict=False):
                         found = torch.cat([out[None, :3, s], found])
@@ -136,41 +136,42 @@ def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: in
                 for s, w, z in ((r, weights, block[1]), (c, weights.T, own))[: 1 + (r != c)]:
                     torch.addmm(out[s], w, z, out=out[s], **sums)
             if given is not None:  # out[r] is complete
-                share = (out[r] * left).sum(1, keepdim=True)
-                grad_scale += share.sum()
+                grad_scale += (share := (out[r] * left).sum(1, keepdim=True)).sum()
                 out[r].addcmul_(own, share, value=-int(unit)).div_(norm[r])
                 if metric.numel():
                     grad_metric.addmm_(x[r].T, out[r])
                     out[r] = out[r] @ metric
         if given is None:
-            return out, grad_scale, grad_metric
+            return out, grad_scale, kept
         grad_scale += torch.einsum("nd,nd->", out[rows:], x[rows:].to(wide))  # 2 rows know a pair
         return out.mul_(peak * scale).to(dtype), grad_scale * peak / 2, grad_metric * peak * scale
 
 def _save(ctx, inputs, output):
-    ctx.flags = inputs[4:8]
-    ctx.save_for_backward(*inputs[:4], output[0])
+    ctx.set_materialize_grads(False)
+    ctx.flags = inputs[4:9]
+    ctx.save_for_backward(*inputs[:4], output[0], output[2])
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
-    *inputs, found = ctx.saved_tensors
-    x, *rest = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2], found[3:]]))
-    return x, None, *rest, *[None] * 5
+    *inputs, found, kept = ctx.saved_tensors
+    grad = torch.zeros_like(found) if grad is None else grad
+    x, *rest = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2], found[3:]]), kept)
+    return x, None, *rest, *[None] * 7
 
-all_pairs.register_fake(lambda x, labels, scale, metric, *flags: (
-    scale.new_empty(4, len(x)) if flags[-1] is None else torch.empty_like(x),
-    torch.empty_like(scale), torch.empty_like(metric)))
+all_pairs.register_fake(lambda x, labels, scale, metric, *rest: (
+    scale.new_empty(4, len(x)) if len(rest) == 5 else torch.empty_like(x), torch.empty_like(scale),
+    scale.new_empty(rest[4], 512, 1024) if len(rest) == 5 else torch.empty_like(metric)))
 all_pairs.register_autograd(_backward, setup_context=_save)
 
 # ---- 4. The losses -------------------------------------------------------------------------------
 def _gather(local, group):
     """The rows of all processes, one's own first; gradients return to their owners, summed."""
     at, rows = group.rank() * len(local), torch.cat([local.detach()] * group.size())
-    dist.all_gather_into_tensor(rows, local.detach().contiguous(), group=group)
+    torch.distributed.all_gather_into_tensor(rows, local.detach().contiguous(), group=group)
     rows = torch.cat([local, rows.roll(-at, 0)[len(local) :]])
     def _share(grad):
         own = torch.empty_like(local)  # the sum of what all processes found for them
-        dist.reduce_scatter_tensor(own, grad.roll(at, 0), group=group)
+        torch.distributed.reduce_scatter_tensor(own, grad.roll(at, 0), group=group)
         return torch.cat([own, grad[len(local) :]])
     if rows.requires_grad:
         rows.register_hook(_share)
@@ -196,12 +197,11 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     elif labels is None and y_labels is None:
         labels = y_labels = torch.arange(n, device=x.device) + (group.rank() * n if group else 0)
     given = [t if t is None else (*t.shape, t.dtype, t.device) for t in (x, labels, y, y_labels)]
-    m, d, floats = 0 if y is None else len(y), x.shape[-1], (x.dtype, x.device)
-    integers = torch.int64, x.device
+    kinds = (x.shape[-1], x.dtype, x.device), (torch.int64, x.device)
     able = triton is not None and x.is_cuda and x.dtype != torch.float64
     unseen = torch.compiler.is_compiling() or getattr(temperature, "is_cuda", False)
-    if not (given == [(n, d, *floats), (n, *integers), (m, d, *floats), (m, *integers)]
-            and n * m * d and x.is_floating_point() and (unseen or temperature > 0)
+    if not (given == [(k, *kind) for k in (n, 0 if y is None else len(y)) for kind in kinds]
+            and x.numel() * len(y) and x.is_floating_point() and (unseen or temperature > 0)
             and not (both and (alone or group)) and reduction in ("mean", "sum", "none")
             and impl in ("auto", "torch", "triton")[: 2 + able]):
         given += [temperature, both, group, reduction, impl]
@@ -213,22 +213,22 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=x.device).reshape(())
     metric = x.new_empty(0) if _metric is None else _metric
     x = torch.cat([x, y]) if len(y) else x.contiguous()
-    found, *_ = all_pairs(x, labels, scale, metric, n, alone, _unit, able and impl != "torch", None)
+    keep = 24 * (x.is_cpu and _metric is None and torch.is_grad_enabled())  # tiles of 2 MiB
+    found = all_pairs(x, labels, scale, metric, n, alone, _unit, able and impl != "torch", keep)[0]
     lse, total, count, _ = found if both else found[:, :n]
     losses = torch.where(count > 0, lse - total / count.clamp(min=1), 0)
     total, anchors = losses.sum() * (group.size() if group else 1), (count > 0).sum()
     if group:
-        dist.all_reduce(anchors, group=group)
+        torch.distributed.all_reduce(anchors, group=group)
     return {"none": losses, "sum": total, "mean": total / anchors.clamp(min=1)}[reduction]
 
 def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
-    """Mean SupCon loss of the rows of Q = a @ b.T (N, M), in time N^2 min(D, M) and memory N D.
+    """Mean SupCon loss of the rows of Q = a @ b.T, in time N^2 min(D, M): Q Q^T = a (b^T b) a^T.
     a (N, D), b (M, D), labels (N,) of Q's rows; swap a and b for its columns. unit_rows: divided by
-    their norms. Float32 at least. Raises ValueError. Q Q^T = a (b^T b) a^T: b^T b is a metric."""
+    their norms. Float32 at least. Raises ValueError."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        narrow = len(b) <= b.shape[1]  # Q itself is no wider than a
-        a, metric = (a @ b.T, None) if narrow else (a, b.T @ b.detach())  # its gradient is doubled
+        a, metric = (a @ b.T, None) if len(b) <= b.shape[1] else (a, b.T @ b.detach())  # doubled
         return supcon_loss(a, labels, temperature, impl=impl, _metric=metric, _unit=unit_rows)
 
 # ---- 5. Benchmark: each line from a process of its own -------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 TABLES = json.loads((HERE / "tensors.json").read_bytes())  # names and shapes of the checkpoints
@@ -37,13 +36,8 @@ def read_json(path):
     with reading(path):
         return {**json.loads(path.read_bytes())} if path.exists() else {}
 
-def read_tensors(path):
-    """Name -> tensor of a safetensors file, a view of it if float32; other floats become that."""
-    with reading(path):
-        return {n: t.float() if t.is_floating_point() else t for n, t in load_file(path).items()}
-
 def check_tensors(tensors, family, depths):
-    """The tensors that a family uses; ValueError for whatever is missing, unknown or misshapen.
+    """The tensors that a family uses, float32; ValueError for what is missing, unknown, misshapen.
     tensors.json names them: each # counts up to the next of `depths`, a letter is one size over 1
     wherever it stands. Only vectors are searched for NaN: all would be to read the whole file."""
     expected, ignored, depths = {}, tuple(TABLES[family]["ignored"]), iter(depths)
@@ -59,7 +53,7 @@ def check_tensors(tensors, family, depths):
               for n in expected | found if found.get(n) != expected.get(n)]
     if faults:
         raise ValueError(f"{len(faults)} of {len(found)} tensors misfit: {', '.join(faults[:4])}")
-    return {n: tensors[n] for n in expected}
+    return {n: tensors[n].float() for n in expected}  # a view of the file, if it is float32
 
 def norm(w, name, x, eps=1e-5):
     """LayerNorm of the last dimension of x by `name`.weight and `name`.bias."""

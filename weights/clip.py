@@ -10,8 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
-from . import TABLES, Backbone, block, check_tensors, norm, read_json, read_tensors, reading
+from . import TABLES, Backbone, block, check_tensors, norm, read_json, reading
 
 ACTIVATIONS = {"quick_gelu": (F.silu, 1.702), "gelu": (F.gelu, 1.0)}  # f, c of f(c x) / c
 CLASS, PATCHES, PLACES = ("vision_model.embeddings." + name for name in (
@@ -59,9 +60,9 @@ class CLIP(Backbone):
     def __init__(self, folder):
         path, other = folder / "model.safetensors", folder / "open_clip_model.safetensors"
         self.path = path = other if other.exists() and not path.exists() else path
-        w = read_tensors(path)
-        w = from_openai(w) if any(".resblocks." in name for name in w) else w
         with reading(path):
+            w = load_file(path)
+            w = from_openai(w) if any(".resblocks." in name for name in w) else w
             self.settings = settings = read_settings(folder, w)
             self.tensors = check_tensors(w, "clip", (settings["vision"][0], settings["text"][0]))
             settings["pixels"]["side"] = int((len(w[PLACES]) - 1) ** .5) * w[PATCHES].shape[-1]

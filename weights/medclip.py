@@ -9,17 +9,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
-from . import Backbone, block, check_tensors, norm, read_json, read_tensors, reading
+from . import Backbone, block, check_tensors, norm, read_json, reading
 
 VISION, TEXT = "vision_model.model.", "text_model.model."
 WORDS, PLACES, KINDS = (f"{TEXT}embeddings.{name}.weight" for name in (
     "word_embeddings", "position_embeddings", "token_type_embeddings"))
 STAGES, LAYERS, SIDE = (2, 2, 6, 2), 12, 224  # blocks in Swin's stages, blocks in BERT, pixels
-
-def is_medclip(folder):
-    """Whether a folder is MedCLIP's: no CLIP has the file of BERT's vocabulary."""
-    return (folder / "vocab.txt").exists()
 
 def swin_block(w, p, x, shift):
     """x (N, side^2, W) after a block with attention in windows of 7 x 7, shifted by `shift`."""
@@ -41,7 +38,7 @@ class MedCLIP(Backbone):
     def __init__(self, folder):
         self.path, self.files = folder / "model.safetensors", [folder / "vocab.txt"]
         with reading(self.path):
-            w = check_tensors(read_tensors(self.path), "medclip", (*STAGES, LAYERS))
+            w = check_tensors(load_file(self.path), "medclip", (*STAGES, LAYERS))
         with reading(self.files[0]):
             lines = self.files[0].read_text(encoding="utf-8").removesuffix("\n").split("\n")
             self.vocab = {token: i for i, token in enumerate(lines)}
