@@ -113,6 +113,8 @@ def parse(argv):
     config = Config(**vars(parser.parse_args(argv)))
     for name, f in flags.items():
         value, fits = getattr(config, f.name), f.metadata["fits"]
+        if value == []:  # argparse lets "--run=--" pass
+            raise InputError(f"{name} needs a value.")
         if isinstance(fits, str) and not re.fullmatch(fits, value):
             raise InputError(f"{name} {value} must match {fits}.")
         if isinstance(fits, tuple) and not fits[0] < value <= fits[1]:
@@ -331,7 +333,12 @@ def digest_file(path):
     with reading(path, "restore it, or leave it out (of samples.csv)"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def embed(keys, items, folder, load, encode):
+def batch_that_fits(device):
+    """Images at a time: 32; on CUDA one for each 64 MiB that are free, at most 256."""
+    free = torch.cuda.mem_get_info(device)[0] if "cuda" in device else 2**31
+    return max(1, min(256, free >> 26))
+
+def embed(keys, items, folder, load, encode, size=32):
     """Unit features (N, D) of N items; a key, a hash of the content, names each in the cache.
     folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit."""
     cache, items = {}, dict(zip(keys, items, strict=True))
@@ -340,11 +347,11 @@ def embed(keys, items, folder, load, encode):
             cache |= load_file(path)
         except SafetensorError:  # damaged: computed again
             path.unlink()
-    batches = rotated([list(items)[i:i + 32] for i in range(0, len(items), 32)])
+    batches = rotated([list(items)[i:i + size] for i in range(0, len(items), size)])
     todo = [batch for batch in batches if not cache.keys() >= set(batch)]
     with ThreadPoolExecutor(4) as pool:  # pairwise: the next is loaded while one is encoded
         loaded = itertools.pairwise(pool.map(load, map(items.get, batch)) for batch in [*todo, []])
-        steps = progress(zip(todo, loaded, strict=True), len(todo), "embedding, batches of 32:")
+        steps = progress(zip(todo, loaded, strict=True), len(todo), f"embedding by {size}, batch")
         for batch, (ready, _) in steps:
             new = [key for key in batch if key not in cache]
             path = folder / (hashlib.sha256("".join(new).encode()).hexdigest() + ".safetensors")
@@ -369,7 +376,8 @@ def embed_both(pictures, texts, name, config):
     digest = functools.cache(digest_file)  # once for all views
     images = embed([f"{digest(path)}.{view}" for path, view in pictures], pictures, cache,
                    lambda picture: backbone.preprocess(augment(open_image(picture[0]), picture[1])),
-                   lambda pixels: backbone.encode_image(torch.stack(pixels)))
+                   lambda pixels: backbone.encode_image(torch.stack(pixels)),
+                   batch_that_fits(device))
     return images, words, backbone, checkpoint
 
 # ---- 5. Adapters (Sec. 2.1, Eq. 1) ---------------------------------------------------------------

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Supervised contrastive loss over all N x N pairs, without ever holding an N x N matrix.
+"""Supervised contrastive loss over all N x N pairs, in memory that grows with N, not with N^2.
 
     loss_i = log sum_{j != i} exp(x_i . x_j / tau) - mean_{p in P(i)} x_i . x_p / tau
 
@@ -246,7 +246,7 @@ LOSSES = {  # of x, y (N, D), labels g: SupCon of x, then SCALE's two terms of Q
         product_supcon_loss(x, y, g) + product_supcon_loss(y, x, g))}
 
 def _measure(name, n):
-    """Median seconds of 5 forward and backward passes (CPU; on a GPU elapsed), MiB added."""
+    """Median seconds of 5 forward and backward passes (CPU; on a GPU elapsed), MiB by the first."""
     import resource
     import time
     gpu, used = torch.cuda.is_available(), []
@@ -262,7 +262,7 @@ def _measure(name, n):
         used.append((time.perf_counter(), torch.cuda.max_memory_allocated() / 2**20) if gpu else (
             time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
     seconds, mib = torch.tensor(used, dtype=torch.float64).T
-    return seconds.diff().median().item(), (mib[-1] - mib[0]).item()
+    return seconds.diff().median().item(), (mib[1] - mib[0]).item()
 
 if __name__ == "__main__":
     import sys
