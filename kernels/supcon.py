@@ -112,7 +112,7 @@ def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: in
         step = 4096 if x.is_cuda else 512 if keep and rows > 2048 else 256  # fits the device, cache
         parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
         lefts = (x[r] @ metric if metric.numel() else x[r] for r in parts)  # one at a time
-        kept = scale.new_empty(keep, 512, 1024) if kept is None else kept
+        kept = scale.new_empty(keep, 512, 1024) if kept is None else kept  # logits of first tiles
         room = iter(kept)
         if given is not None:
             out, peak = x.new_zeros(x.shape, dtype=wide), given[1:3].abs().amax().clamp(min=1e-30)
