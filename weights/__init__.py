@@ -44,8 +44,8 @@ def check_tensors(tensors, family, depths):
     for prefix, shapes in TABLES[family]["used"].items():
         for i in range(next(depths) if "#" in prefix else 1):
             expected |= {prefix.replace("#", str(i)) + n: shape for n, shape in shapes.items()}
-    found = {n: tuple(t.shape) if t.ndim > 1 or t.isfinite().all() else "NaN or infinity"
-             for n, t in tensors.items() if not n.endswith(ignored)}
+    found = {n: tuple(t.shape) if t.is_floating_point() and (t.ndim > 1 or t.isfinite().all())
+             else f"NaN, inf or {t.dtype}" for n, t in tensors.items() if not n.endswith(ignored)}
     known = {c: size for n in reversed(expected) for c, size in
              zip(expected[n], found.get(n, ()), strict=False) if isinstance(c, str) and size != 1}
     expected = {n: tuple(known.get(c, c) for c in shape) for n, shape in expected.items()}
