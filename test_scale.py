@@ -25,10 +25,11 @@ from sklearn import linear_model, metrics
 import data_prep
 import scale
 from kernels import supcon
-from kernels.supcon import product_supcon_loss, supcon_loss, supcon_reference
+from kernels.supcon import product_supcon_loss, supcon_reference
 from scale import CLIP, InputError, MedCLIP
 
 torch.set_num_threads(1)  # faster on small matrices
+supcon_loss = functools.partial(supcon.supcon_loss, impl="torch")  # tiles, however few the rows
 HERE = Path(__file__).resolve().parent
 COMMAND = HERE / "scale.py", "--dataset", "demo"
 TEXTS = ["a photo of a mole", "This is dermoscopy of an atypical, Pigment network!", "x y " * 40]
@@ -455,11 +456,12 @@ def test_supcon_blocks_and_forms():
         assert_same(product_supcon_loss(a, b, g, tau, unit_rows=unit),
                     supcon_reference(q, g, tau), (a, b, tau))
     assert torch.autograd.gradcheck(lambda x, tau: supcon_loss(
-        x.T.clone().T, g[:7] % 3, tau, reduction="none"), (unit_rows(7, 4), tau))
+        x.T.clone().T, g[:7] % 3, tau, reduction="none"), (unit_rows(7, 4), tau),
+        check_undefined_grad=False)
     x, y, g, kept = unit_rows(64, 4), unit_rows(500_000, 4, 1), torch.arange(500_000) % 50, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
         supcon_loss(x, g[:64], contrast=y, contrast_labels=g)
-    assert sum(kept) < 5 * y.numel() + 24 * 2**19 < 64 * len(y)  # pairs
+    assert sum(kept) < 5 * y.numel() + 36 * 2**19 < 64 * len(y)  # pairs
 
 def test_supcon_where_it_is_copied(tmp_path):
     """A mistake that passes, a graph break, rounding by autocast, an import it lacks would show."""
@@ -472,8 +474,11 @@ def test_supcon_where_it_is_copied(tmp_path):
     gradient, = torch.autograd.grad(supcon_loss(x, g), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.sum().backward()
-    assert supcon_loss(x, g.int() % 2).equal(supcon_loss(x, (g % 2).bool()))
-    for loss in (supcon_loss, lambda x, g: product_supcon_loss(x, x.detach(), g)):
+    small = functools.partial(supcon.supcon_loss, temperature=0.1)  # dense
+    assert small(x, g.int() % 2).equal(small(x, (g % 2).bool()))
+    assert_same(small(x, g), supcon_loss(x, g, 0.1), x, 1e-6, 1e-5)
+    assert torch.autograd.gradgradcheck(small, (unit_rows(7, 4), g[:7] % 3))
+    for loss in (small, supcon_loss, lambda x, g: product_supcon_loss(x, x.detach(), g)):
         assert_same(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, g), loss(x, g), x)
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(loss(x, g), loss(x, g), x, 0, 0)  # also: the same bits from run to run
@@ -481,8 +486,8 @@ def test_supcon_where_it_is_copied(tmp_path):
         x, g, x.detach().norm(), x.new_empty(0), 80, True, False, False, 32))
     shutil.copy(supcon.__file__, tmp_path / "loss.py")
     code = ("import sys, torch; sys.modules['triton'] = None; from loss import supcon_loss; "
-            "print(supcon_loss(torch.ones(8, 4) / 2, torch.zeros(8).long()).item())")
-    assert float(python(tmp_path, "-c", code).stdout) == pytest.approx(math.log(7))
+            "print(supcon_loss(torch.ones(600, 4) / 2, torch.zeros(600).long()).item())")
+    assert float(python(tmp_path, "-c", code).stdout) == pytest.approx(math.log(599))
 
 def run_process(rank, rendezvous):
     torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=2)

@@ -3,10 +3,9 @@
 
     loss_i = log sum_{j != i} exp(x_i . x_j / tau) - mean_{p in P(i)} x_i . x_p / tau
 
-P(i): the others with the label of i (L_out of Khosla et al., arXiv:2004.11362). Autograd keeps five
-N x N matrices; here a tile of pairs is made twice, but for 48 MiB of them on a CPU: first for the
-log-sum-exp, sum and number of positives of its rows AND columns (a triangle is enough, or both
-directions are one pass), then for dL/dlogits. No atomics: repeatable. NOT yet run on a GPU."""
+P(i): the others of i's label (L_out of arXiv:2004.11362). A tile of pairs is made twice (on a CPU
+all but 72 MiB): first for the log-sum-exp, sum and number of positives of its rows AND columns, so
+that a triangle is enough, then for dL/dlogits. No atomics: repeatable. NOT yet run on a GPU."""
 import torch
 from torch import Tensor
 
@@ -17,10 +16,11 @@ except ImportError:  # no Triton on this platform: torch tiles do everything
     triton = None
 
 # ---- 1. The formula in plain torch: reference and yardstick --------------------------------------
-def supcon_reference(features, labels, temperature=0.07):
-    """Mean SupCon loss by dense matrices and autograd: (..., N, D), (..., N) -> (...)."""
+def supcon_reference(features, labels, temperature=0.07, others=None):
+    """Mean SupCon loss, dense: (..., N, D), (..., N) -> (...); others (..., N, D): features M."""
     itself = torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
-    logits = (features @ features.mT / temperature).masked_fill(itself, -torch.inf)
+    logits = features @ (features if others is None else others).mT / temperature
+    logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
     positive = (labels[..., None] == labels[..., None, :]) & ~itself
     count = positive.sum(-1)
     mean_positive = torch.where(positive, logits, 0).sum(-1) / count.clamp(min=1)
@@ -28,24 +28,29 @@ def supcon_reference(features, labels, temperature=0.07):
     return losses.sum(-1) / (count > 0).sum(-1).clamp(min=1)
 
 # ---- 2. One tile of R rows and C columns, in torch and in Triton ---------------------------------
-def _torch_tile(a, b, a_labels, b_labels, scale, itself, old, rows=None, cols=None):
-    """(lse, positive sum, count) of the tile's rows (1, 3, R) and of its columns (1, 3, C).
-    Given (lse, dL/dlse, dL/dsum) of complete rows and columns: its weights dL/dlogits (R, C).
-    itself: a is b, without its diagonal; its rows say all. old: room for the logits, or None."""
-    logits = (a @ b.T).mul_(scale) if rows is None or old is None else old[:len(a), :len(b)].clone()
-    if rows is None and old is not None:
-        old[: len(a), : len(b)] = logits
-    same = torch.eq(a_labels[:, None], b_labels, out=torch.empty_like(logits))  # 1 or 0
-    if itself:
-        same.fill_diagonal_(0)
-        logits.fill_diagonal_(-1e30)
+def _torch_tile(a, b, a_labels, b_labels, scale, itself, work, fresh, rows=None, cols=None):
+    """(lse, positive sum, count) of rows (1, 3, R), of columns (1, 3, C); given lse, dL/dlse and
+    dL/dsum of both: dL/dlogits (R, C). itself: a is b, without its diagonal; its rows say all."""
+    logits, one, two, same = (x[: len(a), : len(b)] for x in work)
+    if fresh or rows is None:
+        torch.mm(a, b.T, out=logits).mul_(scale)
+        if itself:
+            logits.diagonal().copy_(logits.amin(1))  # is no maximum
+    low, top = logits.aminmax()  # one exponential for rows and columns, unless some would vanish
+    tops = [top] if top - low < 30 else [logits.amax(d, keepdim=True) for d in (1, 0)]
+    shares = [torch.sub(logits, top, out=x).mul_(1.4426950408889634).exp2_()  # faster than exp
+              for top, x in zip(tops, (one, two), strict=False)]
+    torch.eq(a_labels[:, None], b_labels, out=same)  # 1 or 0
+    for x in (same, *shares) if itself else ():
+        x.fill_diagonal_(0)
     if rows is not None:
-        log2e = 1.4426950408889634  # exp2 is faster than exp
-        weights = (logits - rows[0, :, None]).mul_(log2e).exp2_().mul_(rows[1, :, None])
-        weights += logits.sub_(cols[0]).mul_(log2e).exp2_().mul_(cols[1])
-        return weights.add_(same.mul_(torch.add(rows[2, :, None], cols[2], out=logits)))
-    return [torch.stack([logits.amax(d) - logits.log_softmax(d).amax(d),  # logsumexp, but faster
-                         (same * logits).sum(d), same.sum(d)])[None] for d in (1, 0)[: 2 - itself]]
+        u = (tops[0] - rows[0, :, None]).clamp(max=80).exp() * rows[1, :, None]
+        v = (tops[-1] - cols[0]).clamp(max=80).exp() * cols[1]
+        torch.mul(shares[-1], v, out=two).addcmul_(one, u)
+        return two.addcmul_(same, torch.add(rows[2, :, None], cols[2], out=one))
+    lse = [(tops[-i] + shares[-i].sum(1 - i, True).log()).flatten() for i in (0, 1)]
+    torch.mul(same, logits, out=one)
+    return [torch.stack([lse[1 - d], one.sum(d), same.sum(d)])[None] for d in (1, 0)[: 2 - itself]]
 
 if triton is not None:
     @triton.jit
@@ -83,7 +88,7 @@ if triton is not None:
                 tl.store(out + 2 * n, tl.sum(same.to(tl.float32), axis, keep_dims=True), i < n)
                 tl.store(out, top + tl.log(tl.sum(tl.exp(logits - top), axis, keep_dims=1)), i < n)
 
-def _triton_tile(a, b, a_labels, b_labels, scale, itself, old, rows=None, cols=None):
+def _triton_tile(a, b, a_labels, b_labels, scale, itself, work, fresh, rows=None, cols=None):
     """What `_torch_tile` does, by many tiles; their shape is the largest that does not spill."""
     r, c, d = (128, 64, 32) if a.dtype == torch.float32 else (128, 128, 64)
     grid, given = (triton.cdiv(len(a), r), triton.cdiv(len(b), c)), rows is not None
@@ -99,48 +104,47 @@ def _triton_tile(a, b, a_labels, b_labels, scale, itself, old, rows=None, cols=N
 def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: int, alone: bool,
               unit: bool, use_triton: bool, keep: int, given: Tensor | None = None,
               kept: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """x (L, D), labels (L,) -> each sample's (lse, positive sum, count, norm), (4, L). Pairs: the
-    first `rows` samples with the rest; `alone`, also with each other, each pair once for both.
-    Logits: scale x_i . metric x_j, metric (D, D), or (0,) for none; unit: of rows over their norm
-    sqrt(x_i . metric x_i). given lse, dL/dlse, dL/dsum, norm: dL/dx, dL/dscale, 2 dL/dmetric."""
+    """x (L, D), labels (L,) -> (lse, positive sum, count, norm) of each, (4, L), over the pairs of
+    the first `rows` with the rest; `alone`, also with each other. Logits: scale x_i . metric x_j,
+    metric (D, D) or (0,); unit: of x over its norm. given: dL/dx, dL/dscale, 2 dL/dmetric."""
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         dtype, wide, tile = x.dtype, scale.dtype, _triton_tile if use_triton else _torch_tile
-        if not use_triton:  # labels below N are faster to compare
-            x, labels = x.to(wide), labels.unique(return_inverse=True)[1].int()
+        if not use_triton:  # floating-point labels are faster to compare
+            x, labels = x.to(wide), labels.unique(return_inverse=True)[1].to(wide)
         out = scale.new_tensor([[-1e30], [0], [0], [1]]).repeat(1, len(x))
         grad_scale, grad_metric = torch.zeros_like(scale), torch.zeros_like(metric)
         step = 4096 if x.is_cuda else 512 if keep and rows > 2048 else 256  # fits the device, cache
+        project = metric.__rmatmul__ if metric.numel() else torch.Tensor.detach
         parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
-        lefts = (x[r] @ metric if metric.numel() else x[r] for r in parts)  # one at a time
         kept = scale.new_empty(keep, 512, 1024) if kept is None else kept  # logits of first tiles
-        room = iter(kept)
+        room, (spare, *work) = iter(kept), scale.new_empty(4, step * (not use_triton), 2 * step)
         if given is not None:
             out, peak = x.new_zeros(x.shape, dtype=wide), given[1:3].abs().amax().clamp(min=1e-30)
             given = torch.cat([given[:1], given[1:3] / peak, given[3:]])  # float16 can hold it
-        elif unit:
-            lefts = [*lefts]
-            out[3] = torch.einsum("nd,nd->n", torch.cat(lefts), x).clamp(min=1e-24).sqrt()
+        for r in parts if unit and given is None else ():
+            out[3, r] = torch.einsum("nd,nd->n", project(x[r]), x[r]).clamp(min=1e-24).sqrt()
         norm = (out if given is None else given)[3:].T.to(x.dtype)
         sums = {} if x.dtype == wide else {"out_dtype": wide}
-        for r, left in zip(parts, lefts, strict=True):
-            own, left = x[r] / norm[r], left / norm[r]
+        for r in parts:
+            own = x[r] / norm[r] if unit else x[r]
+            left = project(own)
             starts = range(r.stop if alone else rows, len(x), 2 * step)
             for c in [r] * alone + [slice(j, j + 2 * step) for j in starts]:
-                block = left, x[c] / norm[c], labels[r], labels[c], scale, r == c, next(room, None)
+                y, z = x[c] / norm[c] if unit else x[c], next(room, spare)
+                block = left, y, labels[r], labels[c], scale, r == c, (z, *work), z is spare
                 if given is None:
                     for s, found in zip((r, c), tile(*block), strict=False):
                         found = torch.cat([out[None, :3, s], found])
                         out[:3, s] = torch.stack([found[:, 0].logsumexp(0), *found[:, 1:].sum(0)])
                     continue
                 weights = tile(*block, given[:, r], given[:, c])
-                for s, w, z in ((r, weights, block[1]), (c, weights.T, own))[: 1 + (r != c)]:
+                for s, w, z in ((r, weights, y), (c, weights.T, own))[: 1 + (r != c)]:
                     torch.addmm(out[s], w, z, out=out[s], **sums)
             if given is not None:  # out[r] is complete
                 grad_scale += (share := (out[r] * left).sum(1, keepdim=True)).sum()
                 out[r].addcmul_(own, share, value=-int(unit)).div_(norm[r])
-                if metric.numel():
-                    grad_metric.addmm_(x[r].T, out[r])
-                    out[r] = out[r] @ metric
+                grad_metric += x[r].T @ out[r] if metric.numel() else 0
+                out[r] = project(out[r])
         if given is None:
             return out, grad_scale, kept
         grad_scale += torch.einsum("nd,nd->", out[rows:], x[rows:].to(wide))  # 2 rows know a pair
@@ -154,7 +158,6 @@ def _save(ctx, inputs, output):
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):
     *inputs, found, kept = ctx.saved_tensors
-    grad = torch.zeros_like(found) if grad is None else grad
     x, *rest = all_pairs(*inputs, *ctx.flags, torch.cat([found[:1], grad[:2], found[3:]]), kept)
     return x, None, *rest, *[None] * 7
 
@@ -179,7 +182,7 @@ def _gather(local, group):
 
 def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contrast_labels=None,
                 both=False, reduction="mean", impl="auto", group=None, _metric=None, _unit=False):
-    """Supervised contrastive loss in time N^2 D and memory N D; returns float32 at least.
+    """Supervised contrastive loss in time N^2 D, memory N D. Float32 at least. Raises ValueError.
     features (N, D): floating, any strides, normalised by the caller. labels (N,): integers; a
         row's positives are the others of its label. None with `contrast`: row i of both (CLIP).
     temperature: positive number, or tensor of one element, which then receives its gradient.
@@ -187,14 +190,12 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     both: the rows of `contrast` are anchors too (CLIP's two directions), in the same pass.
     reduction: "mean" over the anchors with a positive (the others give 0, no gradient), "sum" or
         "none": (N,), with `both` (N + M,). impl: "torch", "triton" (on a GPU) or "auto", the best.
-    group: torch.distributed group, N rows each, which meet those of all; the mean over processes
-        is the loss of one. Raises ValueError; RuntimeError for a derivative of the gradient."""
+    group: torch.distributed's; N rows a process meet those of all; the mean over it is the loss."""
     x, y, alone, n = features, contrast, contrast is None, len(features)
     labels, y_labels = (t if t is None or t.is_floating_point() else t.long()
                         for t in (labels, contrast_labels))
-    if alone and y_labels is None:
-        y, y_labels = x, labels
-    elif labels is None and y_labels is None:
+    y, y_labels = (x, labels) if alone and y_labels is None else (y, y_labels)
+    if labels is None and y_labels is None and not alone:
         labels = y_labels = torch.arange(n, device=x.device) + (group.rank() * n if group else 0)
     given = [t if t is None else (*t.shape, t.dtype, t.device) for t in (x, labels, y, y_labels)]
     kinds = (x.shape[-1], x.dtype, x.device), (torch.int64, x.device)
@@ -206,14 +207,18 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
             and impl in ("auto", "torch", "triton")[: 2 + able]):
         given += [temperature, both, group, reduction, impl]
         raise ValueError(f"expected what supcon_loss.__doc__ states, not {given}")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    plain = (impl, reduction, alone, x.is_cpu, group) == ("auto", "mean", True, True, None)
+    if plain and n <= 512 and _metric is None and not _unit:
+        with torch.autocast("cpu", enabled=False):  # the operator's call would take longer
+            return supcon_reference(x.to(wide), labels, temperature)
     if group:
         y, y_labels = _gather(y, group), _gather(y_labels, group)
     y, labels = y[n * alone :], torch.cat([labels, y_labels[n * alone :]])
-    wide = torch.promote_types(x.dtype, torch.float32)
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=x.device).reshape(())
     metric = x.new_empty(0) if _metric is None else _metric
     x = torch.cat([x, y]) if len(y) else x.contiguous()
-    keep = 24 * (x.is_cpu and _metric is None and torch.is_grad_enabled())  # tiles of 2 MiB
+    keep = 36 * (x.is_cpu and _metric is None and torch.is_grad_enabled())  # tiles of 2 MiB
     found = all_pairs(x, labels, scale, metric, n, alone, _unit, able and impl != "torch", keep)[0]
     lse, total, count, _ = found if both else found[:, :n]
     losses = torch.where(count > 0, lse - total / count.clamp(min=1), 0)
@@ -224,8 +229,7 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
 
 def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
     """Mean SupCon loss of the rows of Q = a @ b.T, in time N^2 min(D, M): Q Q^T = a (b^T b) a^T.
-    a (N, D), b (M, D), labels (N,) of Q's rows; swap a and b for its columns. unit_rows: divided by
-    their norms. Float32 at least. Raises ValueError."""
+    a (N, D), b (M, D), labels (N,); swap a and b for Q's columns. unit_rows: rows of length 1."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
         a, metric = (a @ b.T, None) if len(b) <= b.shape[1] else (a, b.T @ b.detach())  # doubled
@@ -242,8 +246,7 @@ LOSSES = {  # of x, y (N, D), labels g: SupCon of x, then SCALE's two terms of Q
         (rows @ x.detach().T @ x.detach())[0, 0] for rows in x.detach().split(512)),
     "Q, Q Q^T, Q^T Q": lambda x, y, g: sum(
         supcon_reference(torch.nn.functional.normalize(q), g) for q in (x @ y.T, y @ x.T)),
-    "product_supcon_loss": lambda x, y, g: (
-        product_supcon_loss(x, y, g) + product_supcon_loss(y, x, g))}
+    "SCALE's terms": lambda x, y, g: sum(product_supcon_loss(*q, g) for q in ((x, y), (y, x)))}
 
 def _measure(name, n):
     """Median seconds of 5 forward and backward passes (CPU; on a GPU elapsed), MiB by the first."""
@@ -255,9 +258,8 @@ def _measure(name, n):
         x, y = (t[:size].detach().requires_grad_() for t in data)
         g = torch.arange(size, device=x.device) % 12
         grad = torch.autograd.grad(LOSSES[name](x, y, g), (x, y), allow_unused=True)[0]
-        if size == 300 and name == "supcon_loss":  # checked first, across tiles
-            right, = torch.autograd.grad(supcon_reference(x, g), x)
-            torch.testing.assert_close(grad, right, atol=1e-5, rtol=1e-3)
+        if size == 300 and name == "supcon_loss":  # on a GPU, checked first
+            assert torch.allclose(grad, *torch.autograd.grad(supcon_reference(x, g), x), 1e-3, 1e-5)
         grad = grad[0, 0].item()  # waits for a GPU, frees the rest
         used.append((time.perf_counter(), torch.cuda.max_memory_allocated() / 2**20) if gpu else (
             time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10))
@@ -266,14 +268,12 @@ def _measure(name, n):
 
 if __name__ == "__main__":
     import sys
-    from concurrent.futures import ProcessPoolExecutor
     from contextlib import suppress
     from itertools import product
-    with ProcessPoolExecutor(1, max_tasks_per_child=1) as processes:
+    with torch.multiprocessing.Pool(1, maxtasksperchild=1) as pool:
         for n, name in product(map(int, sys.argv[1:] or (512, 1024, 2048, 4096, 8192)), LOSSES):
             with suppress(ImportError):  # without pytorch-metric-learning
-                seconds, mib = processes.submit(_measure, name, n).result()
+                seconds, mib = pool.apply(_measure, (name, n))
                 if name in ("plain torch", "Q, Q Q^T, Q^T Q"):
-                    rival = seconds, mib
-                print(f"{n:6} {name:24}{seconds:9.3f} s {rival[0] / seconds:5.1f}x "
-                      f"{mib:7.0f} MiB {rival[1] / max(mib, 1):5.1f}x", flush=True)
+                    rival = seconds
+                print(f"{n:6} {name:24}{seconds:9.3f} s {rival / seconds:5.1f}x {mib:7.0f} MiB")
