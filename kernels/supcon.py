@@ -16,10 +16,10 @@ except ImportError:  # no Triton on this platform: torch tiles do everything
     triton = None
 
 # ---- 1. The formula in plain torch: reference and yardstick --------------------------------------
-def supcon_reference(features, labels, temperature=0.07, others=None):
-    """Mean SupCon loss, dense: (..., N, D), (..., N) -> (...); others (..., N, D): features M."""
+def supcon_reference(features, labels, temperature=0.07):
+    """Mean SupCon loss by dense matrices and autograd: (..., N, D), (..., N) -> (...)."""
     itself = torch.eye(features.shape[-2], dtype=torch.bool, device=features.device)
-    logits = features @ (features if others is None else others).mT / temperature
+    logits = features @ features.mT / temperature
     logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
     positive = (labels[..., None] == labels[..., None, :]) & ~itself
     count = positive.sum(-1)
