@@ -17,7 +17,6 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import scale
@@ -43,14 +42,13 @@ def write_prepared(release, folder, root, samples, **changes):
     spec = RELEASES["taxonomies"][release] | {"root": str(root)} | changes
     head = "image", "text", "labels", "split", "patient"
     scale.write_files(folder, {"taxonomy.json": json.dumps(spec), "samples.csv": [head, *samples]})
-    if changes:  # the demo
-        return
-    print(f"{'images':46}  train  valid   test    all  known  differ by")
-    for name, known in RELEASES["images"][release].items():
-        split = {row[0]: row[3] for row in samples if name in row[2].split(";")}
-        counts = *map([*split.values()].count, ("train", "valid", "test")), len(split), sum(known)
-        print(f"{name:46}", *(f"{n:6}" for n in counts), f"{len(split) - sum(known):+10}")
-    print(f"{folder} is ready: python scale.py --dataset {folder} --frac 0.05")
+    if not changes:  # not the demo
+        print(f"{'images':46}  train  valid   test    all  known  differ by")
+        for name, known in RELEASES["images"][release].items():
+            split = [*{row[0]: row[3] for row in samples if name in row[2].split(";")}.values()]
+            counts = *map(split.count, ("train", "valid", "test")), len(split), sum(known)
+            print(f"{name:46}", *(f"{n:6}" for n in counts), f"{len(split) - sum(known):+10}")
+        print(f"{folder} is ready: python scale.py --dataset {folder} --frac 0.05")
 
 def prepare_derm7p(raw, folder, **changes):
     """Prepare release_v0. # Choice: the official splits, the dermoscopic images; the class belongs
@@ -115,7 +113,7 @@ def prepare_padchest(raw, folder, rng, language, official):
                          "PadChest_GR.zip.001 to .037 there.")
     for name in scale.progress(todo, len(todo), "images"):
         image = scale.open_image(found[name]).convert("L")  # of 16 bits, long side over 2,000
-        image.thumbnail((256, 256), Image.Resampling.BICUBIC)
+        image.thumbnail((256, 256))  # bicubic
         scale.replace_file(folder / name, partial(image.save, format="PNG"))
     write_prepared("padchest-gr", folder, folder, samples)
 
@@ -145,8 +143,7 @@ def convert(source, target):
             load_file(source)
         elif source.read_bytes().lstrip()[:1] == b"<":
             raise ValueError("a web page in place of the file")
-        shutil.copyfile(source, target)
-        return
+        return shutil.copyfile(source, target)
     names = zipfile.ZipFile(source).namelist() if zipfile.is_zipfile(source) else []
     inner = [name for name in names if name.endswith("pytorch_model.bin")]  # MedCLIP's zip
     if any(name.endswith("constants.pkl") for name in names):  # TorchScript
@@ -166,8 +163,7 @@ def receive(url, part):
         note.write_text(answer.headers["ETag"] or answer.headers["Last-Modified"] or '"none"')
         size = file.tell() + int(answer.headers["Content-Length"] or 0)
         blocks = iter(partial(answer.read, 1 << 20), b"")
-        for block in scale.progress(blocks, -((file.tell() - size) >> 20), f"{part.name}, MiB:"):
-            file.write(block)
+        file.writelines(scale.progress(blocks, -((file.tell() - size) >> 20), f"{part.name}, MiB:"))
         if file.tell() < size:
             raise ConnectionError(f"cut off after {file.tell()} of {size} bytes")
     note.unlink()  # whole: nothing is to be resumed
@@ -177,11 +173,10 @@ def download(url, part):
     """Path `part` of the file at `url`, fetched in up to four tries; InputError if in vain."""
     part.parent.mkdir(parents=True, exist_ok=True)
     with reading(url, "run this again to go on, or download it by hand and add --from FILE"):
-        for pause in (1, 2, 4):  # seconds
-            with suppress(OSError):
-                return receive(url, part)
+        for pause in (0, 1, 2, 4):  # seconds
             time.sleep(pause)
-        return receive(url, part)
+            with suppress(OSError if pause < 4 else ()):
+                return receive(url, part)
 
 def fetch_weights(name, given=None):
     """Fill weights/<name>/ from `given`, a file or a folder; download what is missing then."""

@@ -29,6 +29,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import html
 import io
 import itertools
 import json
@@ -36,7 +37,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -52,11 +52,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from kernels.supcon import product_supcon_loss
-from weights import InputError, reading
+from weights import HERE, InputError, reading
 from weights.clip import CLIP
 from weights.medclip import MedCLIP
 
-HERE = Path(__file__).resolve().parent
 LEVELS, SCORES = ("class", "class_concept"), ("accuracy", "recall", "f1", "auc", "auc_pair")
 
 # ---- 1. Settings: every flag, its default, its meaning, the paper's section ----------------------
@@ -113,10 +112,8 @@ def parse(argv):
     config = Config(**vars(parser.parse_args(argv)))
     for name, f in flags.items():
         value, fits = getattr(config, f.name), f.metadata["fits"]
-        if value == []:  # argparse lets "--run=--" pass
-            raise InputError(f"{name} needs a value.")
-        if isinstance(fits, str) and not re.fullmatch(fits, value):
-            raise InputError(f"{name} {value} must match {fits}.")
+        if value == [] or isinstance(fits, str) and not re.fullmatch(fits, value):
+            raise InputError(f"{name} {value} must match {fits}.")  # "--run=--" gives a list
         if isinstance(fits, tuple) and not fits[0] < value <= fits[1]:
             raise InputError(f"{name} {value} must be above {fits[0]:g}, at most {fits[1]:g}.")
     other = retrieve if config.retrieve or config.retrieve_image else compare
@@ -245,8 +242,7 @@ def stratified_subset(truth, fraction, generator):
         counts = labels[chosen < 0].sum(0)
         rarest = np.where(counts > 0, counts, n + 1).argmin()
         for row in order[(chosen[order] < 0) & (labels[order, rarest] | (counts.sum() == 0))]:
-            side = max((0, 1), key=lambda s: (room[s] > 0, wanted[s, rarest], room[s]))
-            chosen[row] = side
+            chosen[row] = side = max(0, 1, key=lambda s: (room[s] > 0, wanted[s, rarest], room[s]))
             wanted[side] -= labels[row]
             room[side] -= 1
     return np.flatnonzero(chosen == 0)
@@ -254,10 +250,11 @@ def stratified_subset(truth, fraction, generator):
 # ---- 4. Frozen embeddings, computed once, cached by content --------------------------------------
 def load_backbone(name_or_folder, device="cpu", dtype=torch.float32):
     """Frozen encoder of weights/<name>/ or a folder, a `weights.Backbone`; InputError if unfit."""
-    folders = HERE / "weights" / name_or_folder, Path(name_or_folder)
+    folders = HERE / name_or_folder, Path(name_or_folder)
     folder = next(filter(Path.is_dir, folders), folders[0])
-    family = MedCLIP if (folder / "vocab.txt").exists() else CLIP  # BERT's vocabulary
-    return family(folder).to(device, dtype)
+    backbone = (MedCLIP if (folder / "vocab.txt").exists() else CLIP)(folder)  # BERT's vocabulary
+    backbone.tensors = {name: w.to(device, dtype) for name, w in backbone.tensors.items()}
+    return backbone
 
 def progress(items, total, label):
     """Yield items; show count, rate, time left: redrawn in a terminal, at 1, 2, 4, ... in a log."""
@@ -270,8 +267,7 @@ def progress(items, total, label):
             sys.stderr.write(line.ljust(79 * live) + ("\r" if live and done < total else "\n"))
 
 def rotated(items):
-    """A list in an order of its own for each process of torchrun: what one of them has finished
-    lies in --out, so that the others, which come to it later, need not do it again."""
+    """A list, begun elsewhere by each process of torchrun: they find each other's work in --out."""
     first = len(items) * int(os.environ.get("RANK", 0)) // int(os.environ.get("WORLD_SIZE", 1))
     return items[first:] + items[:first]
 
@@ -288,14 +284,12 @@ def replace_file(path, write):
 def write_files(folder, files):
     """Write {name: text, bytes, picture or rows of a CSV file} to a folder; None: empty cell."""
     for name, data in files.items():
-        if isinstance(data, Image.Image):
-            data.save(buffer := io.BytesIO(), "PNG")
-            data = buffer.getvalue()
         if isinstance(data, list):
             csv.writer(table := io.StringIO(), lineterminator="\n").writerows(data)
             data = table.getvalue()
         data = data.encode() if isinstance(data, str) else data
-        replace_file(folder / name, functools.partial(Path.write_bytes, data=data))
+        replace_file(folder / name, functools.partial(Path.write_bytes, data=data) if isinstance(
+            data, bytes) else functools.partial(data.save, format="PNG"))
 
 def open_image(path):
     """Decode an image completely; InputError names a missing, truncated or foreign file."""
@@ -333,11 +327,6 @@ def digest_file(path):
     with reading(path, "restore it, or leave it out (of samples.csv)"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
-def batch_that_fits(device):
-    """Images at a time: 32; on CUDA one for each 64 MiB that are free, at most 256."""
-    free = torch.cuda.mem_get_info(device)[0] if "cuda" in device else 2**31
-    return max(1, min(256, free >> 26))
-
 def embed(keys, items, folder, load, encode, size=32):
     """Unit features (N, D) of N items; a key, a hash of the content, names each in the cache.
     folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit."""
@@ -374,10 +363,11 @@ def embed_both(pictures, texts, name, config):
     words = embed(keys, texts, cache, str, lambda batch: torch.cat(
         [backbone.encode_text([text]) for text in batch]))  # alone: none depends on another
     digest = functools.cache(digest_file)  # once for all views
+    free = torch.cuda.mem_get_info(device)[0] if "cuda" in device else 2**31
     images = embed([f"{digest(path)}.{view}" for path, view in pictures], pictures, cache,
                    lambda picture: backbone.preprocess(augment(open_image(picture[0]), picture[1])),
                    lambda pixels: backbone.encode_image(torch.stack(pixels)),
-                   batch_that_fits(device))
+                   max(1, min(256, free >> 26)))  # one for each free 64 MiB; 32 on a CPU
     return images, words, backbone, checkpoint
 
 # ---- 5. Adapters (Sec. 2.1, Eq. 1) ---------------------------------------------------------------
@@ -423,8 +413,7 @@ def supcon_of_rows(a, b, members, temperature, unit):
     a = z and b = members say the same, exactly, and K is as small as H."""
     if a.shape[1] > 512:  # the fused kernel: no N x N matrix
         tasks = zip(a, b, members.argmax(-1), strict=True)
-        losses = [product_supcon_loss(*task, temperature, unit_rows=unit) for task in tasks]
-        return torch.stack(losses).mean()
+        return sum(product_supcon_loss(*x, temperature, unit_rows=unit) for x in tasks) / len(a)
     metric = b.mT @ b
     if unit:  # Choice: rows of unit length, as products of raw ones grow with N
         a = a / (a @ metric * a).sum(-1, keepdim=True).clamp(min=1e-24).sqrt()
@@ -473,9 +462,12 @@ class Embedded:
             image, h = truth.nonzero(as_tuple=True)
             return rows[image.cpu()], F.one_hot(h, truth.shape[1]).bool()
         if len(self.sentences) or not all(task["exclusive"] for task in self.taxonomy.tasks):
-            raise InputError("tasks with several labels or with texts of their own are trained one "
-                             "at a time: add --criterion NAME.")
+            raise InputError("tasks of several labels or texts train alone: add --criterion NAME.")
         return rows, truth
+
+    def entropy(self, images, texts, y):
+        """Cross-entropy over the combinations, of (n, D), (H + 1, D) and truth y (n, H)."""
+        return cross_entropy(images @ texts[:-1].T, y, self.taxonomy.combination, self.logit_scale)
 
     def margins(self, images, texts):
         """(n, H) of unit features (n, D) and (H + 1, D)."""
@@ -486,17 +478,23 @@ def train(objective, tensors, n, config, generator, log, optimizer=None, towers=
     optimizer = optimizer or torch.optim.Adam(tensors, config.lr, fused=True)  # Choice: no decay
     # Choice: full batches up to 1,024; of weights of the towers 8, for a tenth of the epochs.
     size = config.batch_size or (8 if towers else n if n <= 1024 else 256)
-    epochs = max(1, config.epochs // 10) if towers else config.epochs
+    epochs, found = max(1, config.epochs // 10) if towers else config.epochs, {}
+    def closure(batch):
+        loss, terms = objective(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        found.update(loss=loss, **terms)
+        return loss
     for epoch in range(epochs):  # Choice: the last counts, test data select nothing
         start, sums = time.perf_counter(), {}
         for batch in torch.randperm(n, generator=generator).split(size):
-            loss, terms = objective(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            for name, value in {"loss": loss, **terms}.items():
+            optimizer.step(functools.partial(closure, batch))
+            for name, value in found.items():
                 sums[name] = sums.get(name, 0) + value.item() * len(batch) / n
         log.append({"epoch": epoch, **sums, "seconds": time.perf_counter() - start})
+
+converge = functools.partial(torch.optim.LBFGS, max_iter=10**4, max_eval=10**5, tolerance_grad=1e-9,
+                             tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
 def fit_zeroshot(data, rows, config, generator, log):
     """Frozen cosines: nothing is trained."""
@@ -519,7 +517,6 @@ def fit_scale(data, rows, config, generator, log):
     if config.rows == "raw":
         print("warning: products of raw rows of Q grow with the batch (Eq. 2)", file=sys.stderr)
     def objective(batch):
-        """Eq. 3 of some samples."""
         count = data.views.shape[1]
         view = torch.randint(count, batch.shape, generator=generator) if count > 1 else 0
         images, y = look(data.views[rows[batch], view]), truth[batch]
@@ -539,35 +536,24 @@ def fit_scale(data, rows, config, generator, log):
 
 def fit_linear(data, rows, config, generator, log):
     """Linear probe, binary cross-entropy; but for `linear`, positives weigh n_neg / n_pos."""
-    images, truth = data.images, data.sentence[rows] >= 0
+    images, truth, optimizer, decay = data.images, data.sentence[rows] >= 0, None, 0
     probe = nn.Linear(images.shape[1], truth.shape[1])
     nn.init.kaiming_uniform_(probe.weight, a=math.sqrt(5), generator=generator)
     nn.init.zeros_(probe.bias)
     if config.method == "linear-zs":  # it starts at zero-shot, as CLAP (Silva-Rodriguez, 2024)
         images = data.logit_scale * images
         probe.weight.data.copy_(data.texts[:-1] - data.texts[-1:])
+    if config.method == "linear-lbfgs":  # to the optimum. Choice: C = 100, for unit features
+        images, decay = images.double(), 1 / (200 * truth.numel())
+        optimizer = converge(probe.to(images).parameters())
+        config = replace(config, epochs=1, batch_size=len(rows))
     weight = None if config.method == "linear" else positive_weight(truth)
     loss_of = nn.BCEWithLogitsLoss(pos_weight=weight)
-    train(lambda batch: (loss_of(probe(images[rows][batch]), truth[batch].float()), {}),
-          probe.to(images.device).parameters(), len(rows), config, generator, log)
+    def objective(batch):
+        loss = loss_of(probe(images[rows][batch]), truth[batch].to(images))
+        return loss + decay * probe.weight.square().sum(), {}
+    train(objective, probe.to(images).parameters(), len(rows), config, generator, log, optimizer)
     return lambda rows: probe(images[rows]), probe.state_dict()
-
-def fit_lbfgs(data, rows, config, generator, log):
-    """Linear probe at its optimum: |w|^2 / 2 + 100 * cross-entropy, balanced in each column."""
-    images = F.pad(data.images.cpu().double(), (0, 1), value=1)  # (N, D + 1)
-    truth = data.sentence[rows].cpu() >= 0
-    balance = len(truth) / 2 / truth.sum(0).where(truth, (~truth).sum(0))  # (n, H)
-    w = images.new_zeros(images.shape[1], truth.shape[1]).requires_grad_()
-    optimizer = torch.optim.LBFGS([w], max_iter=10 ** 4, max_eval=10 ** 5, tolerance_grad=1e-5,
-                                  tolerance_change=0, line_search_fn="strong_wolfe")
-    def objective():
-        """Choice: 100, as features have unit length (CLIP's probes: 0.316 at 10 to 20)."""
-        loss = w[:-1].square().sum() / 2 + 100 * F.binary_cross_entropy_with_logits(
-            images[rows] @ w, truth.double(), balance, reduction="sum")
-        w.grad, = torch.autograd.grad(loss, w)
-        return loss
-    log.append({"loss_before": optimizer.step(objective).item(), "loss": objective().item()})
-    return lambda rows: images[rows] @ w, {"weight": w}
 
 def fit_coop(data, rows, config, generator, log):
     """CoOp (Zhou et al., 2022): 16 learnt vectors before each name, through the frozen tower."""
@@ -584,11 +570,9 @@ def fit_coop(data, rows, config, generator, log):
         prompts = torch.cat([words[:, :1], context.expand(len(words), -1, -1), words[:, 1:]], 1)
         return F.normalize(backbone.text_tower(backbone.tensors, prompts, lengths + room), dim=-1)
     def objective(batch):
-        """Cross-entropy of some samples over the combinations, at the epoch's rate."""
         rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs) if log else .01
         optimizer.param_groups[0]["lr"] = config.lr * rate
-        z = data.images[rows[batch]] @ read()[:-1].T
-        return cross_entropy(z, truth[batch], data.taxonomy.combination, data.logit_scale), {}
+        return data.entropy(data.images[rows[batch]], read(), truth[batch]), {}
     train(objective, [context], len(rows), config, generator, log, optimizer)
     return lambda rows: data.margins(data.images[rows], read()), {"context": context}
 
@@ -615,21 +599,10 @@ def fit_lora(data, rows, config, generator, log):
             factors[name] = [x.to(w).requires_grad_() for x in (torch.zeros(len(w), 4), down)]
     look, read = towers(data, backbone, lambda: {
         name: backbone.tensors[name] + up @ down for name, (up, down) in factors.items()})
-    def objective(batch):
-        """Cross-entropy of some samples over the combinations."""
-        z = look(rows[batch]) @ read()[:-1].T
-        return cross_entropy(z, truth[batch], data.taxonomy.combination, data.logit_scale), {}
     state = {f"{name}.{i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
-    train(objective, state.values(), len(rows), config, generator, log, towers=True)
+    train(lambda batch: (data.entropy(look(rows[batch]), read(), truth[batch]), {}), state.values(),
+          len(rows), config, generator, log, towers=True)
     return lambda rows: data.margins(look(rows), read()), state
-
-def cluster(features, k, generator):
-    """Centres (k, D), of unit length, of unit features (N, D), by 20 steps of k-means."""
-    centres = features[torch.randperm(len(features), generator=generator)[:k]]
-    for _ in range(20):
-        nearest = F.one_hot((features @ centres.T).argmax(1), len(centres)).to(features.dtype)
-        centres = F.normalize(nearest.T @ features, dim=1)
-    return centres
 
 def fit_hica(data, rows, config, generator, log):
     """HiCA (arXiv 2501.09294) in two stages, as far as its abstract tells; the rest is a Choice."""
@@ -638,7 +611,11 @@ def fit_hica(data, rows, config, generator, log):
     tuned = {name: w.clone().requires_grad_() for name, w in backbone.tensors.items()
              if name.startswith(backbone.last_block) or re.match("text.*projection", name)}
     look, read = towers(data, backbone, lambda: tuned)
-    centres = cluster(data.images[rows], len(klass.names), generator)
+    features = data.images[rows]
+    centres = features[torch.randperm(len(rows), generator=generator)[:len(klass.names)]]
+    for _ in range(20):  # steps of k-means on the sphere
+        nearest = F.one_hot((features @ centres.T).argmax(1), len(centres)).to(features.dtype)
+        centres = F.normalize(nearest.T @ features, dim=1)
     same = klass.own.float().T @ klass.own.float()  # (C, C) classes of one task
     def first(batch):
         """Images learn k-means pseudo-labels, prompts to be told apart."""
@@ -660,7 +637,7 @@ def fit_hica(data, rows, config, generator, log):
     return lambda rows: data.margins(look(rows), read()), tuned
 
 METHODS = {"clip-zeroshot": fit_zeroshot, "zeroshot": fit_zeroshot, "linear": fit_linear,
-           "linear-weighted": fit_linear, "linear-zs": fit_linear, "linear-lbfgs": fit_lbfgs,
+           "linear-weighted": fit_linear, "linear-zs": fit_linear, "linear-lbfgs": fit_linear,
            "coop": fit_coop, "lora": fit_lora, "hica": fit_hica, "scale": fit_scale}
 
 # ---- 8. Metrics (Sec. 2.3.2) ---------------------------------------------------------------------
@@ -692,14 +669,13 @@ def score_task(margins, truth, exclusive, skip=0):
 
 def evaluate(margins, truth, trained, taxonomy):
     """All numbers of metrics.json. margins, truth (N, H) of the test set, trained (n, H) truth."""
-    per_task = {task["name"]: {} for task in taxonomy.tasks}
+    per_task, means = {task["name"]: {} for task in taxonomy.tasks}, {name: {} for name in LEVELS}
     for name, level in zip(LEVELS, (taxonomy.klass, taxonomy.combination), strict=True):
         for task, own in zip(taxonomy.tasks, level.own, strict=True):
             # Choice: of two exclusive classes, the AUC is that of the second, such as melanoma.
             second = name == "class" and task["exclusive"] and own.sum() == 2
             values = (at_level(x, level)[:, own] for x in (margins, truth))
             per_task[task["name"]][name] = score_task(*values, task["exclusive"], int(second))
-    means = {name: {} for name in LEVELS}
     for name, score in itertools.product(LEVELS, SCORES):
         values = [task[name].get(score, math.nan) for task in per_task.values()]
         means[name][score] = torch.tensor(values, dtype=torch.double).nanmean().item()
@@ -715,6 +691,13 @@ def run_folder(config, origin):
     name = "-".join([Path(config.dataset).name, Path(origin["backbone"]).name, config.method,
                      f"{config.frac:g}", f"s{config.seed}", *changed])
     return Path(config.out) / "".join(c if c.isalnum() or c in ".,=_-" else "_" for c in name)
+
+def load_adapters(folder):
+    """The adapters (image, text) of a run of scale."""
+    state = load_file(folder / "adapter.safetensors")
+    look, read = (Adapter(*state[f"{x}.up.weight"].shape, 0.5) for x in ("image", "text"))
+    nn.ModuleDict({"image": look, "text": read}).requires_grad_(False).load_state_dict(state)
+    return look, read
 
 def run_once(config, data):
     """Train and evaluate one method on one split; return what metrics.json holds.
@@ -752,7 +735,6 @@ def run_once(config, data):
             "metrics.json": json.dumps(metrics, indent=1).replace("NaN", "null") + "\n"}))
     return json.loads((folder / "metrics.json").read_text())
 
-
 # ---- 10. Tables and figure (Table 1, Fig. 2 and 3), as plain SVG ---------------------------------
 OKABE_ITO = "#0072b2 #d55e00 #000 #56b4e9 #009e73 #e69f00 #777 #b8a400 #cc79a7".split()
 SHAPES = "m-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0", "m-4-4h8v8h-8z", "m0-5 5 5-5 5-5-5z", "m0-5 5 9h-10z"
@@ -778,19 +760,41 @@ def format_table(results, frac):
     lines.append(f"\nAt {frac * 100:g}% of the training images {best} leads in class-concept F1.")
     return "\n".join(lines).replace(" ±0.00", "      ").replace("nan ", "-   ")
 
-def write_report(folder, results, note, tables):
-    """results.csv (a line a run), report.md and figures/scores.svg of [(config, metrics)]."""
-    name, columns = Path(results[0][0].dataset).name, list(itertools.product(LEVELS, SCORES))
+def write_report(config, results, tables, data):
+    """<out>/report-<dataset>: results.csv (a line a run), report.md, figures."""
+    name, columns = Path(config.dataset).name, list(itertools.product(LEVELS, SCORES))
     rows = [["method", "frac", "seed", "n_train", "n_test", *map("_".join, columns)]]
     rows += [[c.method, c.frac, c.seed, m["n_train"], m["n_test"], *(m[a][b] for a, b in columns)]
              for c, m in results]
-    words = [f"# Results on {name}", note, "![mean ±sd over splits](figures/scores.svg)", *tables]
+    words = [f"# Results on {name}", "![mean ±sd over splits](figures/scores.svg)", *tables]
     ours = [m["per_task"].get("pigmentation") for c, m in results if c.method == "zeroshot"]
     if name == "derm7p" and any(ours):
         ours = " / ".join(f"{ours[0][level]['accuracy']:.2f}" for level in LEVELS)
         words.append(f"Table 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}.")
-    write_files(folder, {"results.csv": rows, "report.md": "\n\n".join(words) + "\n",
-                         "figures/scores.svg": draw_scores(results)})
+    files = {"figures/scores.svg": draw_scores(results)}
+    for run in [run_folder(c, data.origin) for c, _ in results if c.method == "scale"][-1:]:
+        files["figures/texts.svg"] = draw_texts(data, load_adapters(run)[1].to(data.texts.device))
+        words.append("![t-SNE of the texts before and after](figures/texts.svg)")
+    files |= {"results.csv": rows, "report.md": "\n\n".join(words) + "\n"}
+    write_files(Path(config.out) / f"report-{name}", files)
+
+def tsne(x):
+    """Exact t-SNE (van der Maaten and Hinton, 2008) of x (N, D): its KL divergence, map (N, 2)."""
+    x, perplexity, generator = x.double(), min(30, (len(x) + 2) / 3), torch.Generator()
+    d, beta = torch.cdist(x, x).square().fill_diagonal_(math.inf), x.new_zeros(len(x), 1)
+    for step in 16 * 0.5 ** torch.arange(40):  # until each row has the entropy log(perplexity)
+        p = (-d * beta.exp()).softmax(1)
+        beta += step * (torch.special.entr(p).sum(1, True) - math.log(perplexity)).sign()
+    i, j = torch.triu_indices(len(x), len(x), 1)
+    p = (p + p.T)[i, j] / len(x)
+    y = torch.randn(6, len(x), 2, generator=generator.manual_seed(0)).double().requires_grad_()
+    def divergence():  # of six maps
+        near = -(y[:, i] - y[:, j]).square().sum(2).log1p()  # Student's t
+        return (torch.xlogy(p, p) - p * near.log_softmax(1)).sum(1)
+    train(lambda _: (divergence().sum(), {}), [y], 1, Config(epochs=1), generator, [],
+          converge([y], max_iter=1000))
+    best = divergence().argmin()
+    return divergence()[best].item(), y[best].detach()
 
 def draw_series(i, points, title):
     """Series i: a line through points (x, y, error), their marks; title shows on hover."""
@@ -801,14 +805,38 @@ def draw_series(i, points, title):
             f'<polyline fill="none" points="{line}"/><path stroke-width="1.5" d="{marks}"/>'
             f'<title>{title}</title></g>')
 
+def draw_mark(i, x, y, name):
+    """A mark of series i, and its name beside it."""
+    name = html.escape(name)
+    return [draw_series(i, [(x, y, 0)], name), TEXT.format(x + 9, y + 5, name)]
+
+def draw_texts(data, read):
+    """SVG like Fig. 4: t-SNE of prompts and sentences, frozen and adapted, a colour a class."""
+    combinations = [c for task in data.taxonomy.tasks for c in task["combinations"]]
+    classes = sorted({c["class"] for c in combinations})
+    texts, (n, h) = torch.cat([data.texts[:-1], data.sentences]), (data.sentence >= 0).nonzero().T
+    owner, parts = torch.arange(len(texts) + 1), []
+    owner[len(combinations) + data.sentence[n, h].cpu()] = h.cpu()  # what sentences state
+    for left, title, x in ((30, "frozen", texts), (690, "adapted", read(texts))):
+        kl, y = tsne(x.cpu())
+        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * torch.tensor([480, 660])
+        parts.append(TEXT.format(left, 30, f"{title}; KL divergence of the map {kl:.3f}"))
+        for i, name in enumerate(classes):
+            parts += draw_mark(i, left + 5 + 120 * i, 55, name)
+        for k, (u, v) in enumerate(y.tolist()):  # sentences without their names
+            c = combinations[owner[k]]
+            mark = draw_mark(classes.index(c["class"]), left + 5 + u, 100 + v, c["name"])
+            parts += mark[: 1 + (k < len(combinations))]
+    halo = '<g font-size="12" stroke="#fff" stroke-width="3" paint-order="stroke">'
+    return SVG.format("\n".join([halo, *parts, "</g>"]))
+
 def draw_scores(results):
     """SVG like Fig. 2 and 3: mean ±sd by fraction; a line's title holds its runs' numbers."""
     methods = dict.fromkeys(c.method for c, _ in results)
     fractions = sorted({c.frac for c, _ in results})
     parts, wide = [], 290 / len(fractions)
     for i, method in enumerate(methods):
-        x, y = 60 + i % 5 * 250, 24 + i // 5 * 22
-        parts += [draw_series(i, [(x, y, 0)], method), TEXT.format(x + 9, y + 5, method)]
+        parts += draw_mark(i, 60 + i % 5 * 250, 24 + i // 5 * 22, method)
     axes = [TEXT.format(wide * (j + .5) - 14, 20, f"{x * 100:g}%") for j, x in enumerate(fractions)]
     for k in range(6):
         axes += [f'<path stroke="#ddd" d="M0 {-60 * k}h290"/>', TEXT.format(-30, 5 - 60 * k, k / 5)]
@@ -880,12 +908,10 @@ def embed_adapted(config, paths, texts=()):
     (H + 1 + S, D) of its own prompts and S texts, its backbone. InputError if that changed."""
     with reading(f"--run {config.run}", "name the folder of a finished run of --method scale"):
         stored = json.loads((Path(config.run) / "config.json").read_text())
-        state = load_file(Path(config.run) / "adapter.safetensors")
         taxonomy = make_taxonomy(stored["taxonomy"])
         if len(stored["prompts"]) != len(taxonomy.combination.names) + 1:
             raise ValueError("as many prompts as combinations, and one, are needed")
-        look, read = (Adapter(*state[f"{x}.up.weight"].shape, 0.5) for x in ("image", "text"))
-        nn.ModuleDict({"image": look, "text": read}).requires_grad_(False).load_state_dict(state)
+        look, read = load_adapters(Path(config.run))
         images, words, backbone, checkpoint = embed_both(
             [(path, 0) for path in paths], [*stored["prompts"], *texts], stored["backbone"], config)
         if checkpoint != stored["checkpoint_sha256"]:
@@ -907,10 +933,10 @@ def predict(config):
             print(f"{path} {task}: {listed(x['classes'])}; similar to {why}")
         if config.card:
             pixels = backbone.preprocess(open_image(path))[None].to(backbone.word_table)
-            patches = backbone.image_tower(backbone.tensors, pixels, True)[0].float().cpu()
-            decided = [taxonomy.combination.names.index([*x["decided_by"]][0])
-                       for x in reasons.values()]
-            maps = texts[decided] @ look(F.normalize(patches)).T  # (T, L)
+            patches = look(F.normalize(backbone.image_tower(
+                backbone.tensors, pixels, True)[0].float().cpu()))  # (L, D)
+            best = ([*x["decided_by"]][0] for x in reasons.values())
+            maps = texts[[*map(taxonomy.combination.names.index, best)]] @ patches.T  # (T, L)
             card = draw_card(pixels[0].float().cpu(), maps, reasons)
             files[f"cards/{n}-{Path(path).stem}.png"] = card
     write_files(Path(config.out), files | {"predictions.json": json.dumps(results, indent=1)})
@@ -943,7 +969,7 @@ def embed_dataset(config):
              zip(samples.images, samples.split, strict=True) for view in range(count)]
     images, words, backbone, checkpoint = embed_both(views, prompts + texts, name, config)
     content = [np.asarray(x) for x in (images, words, samples.sentence, samples.split)]
-    content += [(HERE / file).read_bytes() for file in ("scale.py", "kernels/supcon.py")]
+    content += [(HERE.parent / file).read_bytes() for file in ("scale.py", "kernels/supcon.py")]
     with backbone.word_table.device as device:
         taxonomy = make_taxonomy(spec)
     origin = {"backbone": name, "checkpoint_sha256": checkpoint, "prompts": prompts,
@@ -956,7 +982,7 @@ def embed_dataset(config):
 def start_worker():
     """One thread, as a second is slower on small matrices; the end if the main process dies."""
     torch.set_num_threads(1)
-    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(9)
 
 def run_all(jobs, given):
     """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
@@ -966,40 +992,34 @@ def run_all(jobs, given):
         done = dict(zip(mine, progress(results, len(jobs), "run"), strict=True))
     return [(job, done[job]) for job in jobs]
 
-def search(config, data, splits):
-    """Rank all weights out of 0, .1, 1 of Eq. 3 by class-concept F1 on the validation split."""
-    if not (data.samples.split == "valid").any():
-        raise InputError(f"--grid: {config.dataset} has no images of split valid in samples.csv.")
-    jobs = [replace(config, method="scale", lambdas=",".join(weights), seed=config.seed + split)
-            for weights in itertools.product(("1", ".1", "0"), repeat=4)
-            for split in range(splits)]
-    f1 = {}
-    for job, metrics in run_all(jobs, [data] * len(jobs)):
-        f1.setdefault(job.lambdas, []).append(metrics["class_concept"]["f1"])
-    best = sorted(f1, key=lambda weights: -np.mean(f1[weights]))
-    print(*(f"--lambdas {weights}  class-concept F1 {np.mean(f1[weights]):.3f} on valid"
-            for weights in best[:5]), sep="\n")
-
 def compare(config):
-    """All methods on all splits of one fraction, or of all; prints the tables."""
-    clip, found = "clip-zeroshot", any((HERE / "weights" / "clip").glob("*.safetensors"))
+    """All methods on all splits of one fraction, or of all; prints the tables. With --grid, scale
+    alone with all weights of Eq. 3 out of 0, .1, 1; prints the best on the validation split."""
+    clip, found = "clip-zeroshot", any((HERE / "clip").glob("*.safetensors"))
     names = [*dict.fromkeys(config.method.split(","))] if config.method != "all" else [
         name for name in METHODS if found or name != clip]  # it needs another checkpoint
     for name in set(names) - METHODS.keys():
         raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
-    data = embed_dataset(config)
+    data, weights = embed_dataset(config), [config.lambdas]
     if config.grid:
-        return search(config, data, config.splits or (1 if config.frac == 1 else 5))
+        if not (data.samples.split == "valid").any():
+            raise InputError(f"--grid: {config.dataset} has no images of split valid.")
+        names, weights = ["scale"], [*map(",".join, itertools.product(["1", ".1", "0"], repeat=4))]
     other = embed_dataset(replace(config, backbone="clip")) if clip in names else data
     fractions = (.05, .1, .25, .5, 1.) if config.sweep else (config.frac,)
-    jobs = [replace(config, method=name, frac=frac, seed=config.seed + split) for frac in fractions
-            for name in names for split in range(config.splits or (1 if frac == 1 else 5))]
+    jobs = [replace(config, method=name, frac=frac, lambdas=lambdas, seed=config.seed + split)
+            for frac in fractions for name in names for lambdas in weights
+            for split in range(config.splits or (1 if frac == 1 else 5))]
     runs = run_all(jobs, [other if job.method == clip else data for job in jobs])
-    note = data.taxonomy.spec.get("note", "")
-    tables = [format_table(runs, frac) for frac in fractions]
-    print(f"\n{config.dataset}: {note}", *tables, sep="\n\n")
+    if config.grid:
+        f1 = {w: np.mean([m["class_concept"]["f1"] for c, m in runs if c.lambdas == w])
+              for w in weights}
+        return print(*(f"--lambdas {w}  class-concept F1 {f1[w]:.3f} on valid"
+                       for w in sorted(f1, key=lambda w: -f1[w])[:5]), sep="\n")
+    tables = [data.taxonomy.spec.get("note", ""), *(format_table(runs, frac) for frac in fractions)]
+    print(f"\n{config.dataset}: {tables[0]}", *tables[1:], sep="\n\n")
     if config.sweep:
-        write_report(Path(config.out) / f"report-{Path(config.dataset).name}", runs, note, tables)
+        write_report(config, runs, tables, data)
 
 def guarded(script, action):
     """Exit code of action(): 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""

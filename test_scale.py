@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save, save_file
-from sklearn import linear_model, metrics
+from sklearn import linear_model, manifold, metrics
 
 import data_prep
 import scale
 from kernels import supcon
-from kernels.supcon import product_supcon_loss, supcon_reference
 from scale import CLIP, InputError, MedCLIP
 
 torch.set_num_threads(1)  # faster on small matrices
@@ -38,12 +37,11 @@ def unit_rows(n, d, seed=0, dtype=torch.float64):
     x = torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return F.normalize(x, dim=1).to(dtype).requires_grad_()
 
-def supcon_loop(x, labels, tau, y=None, y_labels=None):
+def supcon_loop(x, labels, tau, *contrast):
     """Eq. 2, an anchor at a time: the mean over those that have a positive, 0 without any."""
-    alone, losses = y is None, []
-    y, y_labels = (x, labels) if alone else (y, y_labels)
+    losses, (y, y_labels) = [], contrast or (x, labels)
     for i in range(len(x)):
-        others = torch.arange(len(y)) != (i if alone else len(y))
+        others = torch.arange(len(y)) != (len(y) if contrast else i)
         positives, logits = others & (y_labels == labels[i]), y @ x[i] / tau
         if positives.any():
             losses.append(logits[others].logsumexp(0) - logits[positives].mean())
@@ -93,7 +91,7 @@ def test_objective_is_equation_3(n, rows, unit, free, bce):
         q = pairs[0] @ pairs[1].T if free else z[:, part][:, labels]  # column j: text of image j
         for term, rows in (("rows", q), ("columns", q.T)):
             rows = F.normalize(rows, dim=1) if unit else rows
-            oracle.setdefault(term, []).append(supcon_reference(rows, labels, 0.1))
+            oracle.setdefault(term, []).append(supcon.supcon_reference(rows, labels, 0.1))
     oracle = {term: sum(losses) / len(losses) for term, losses in oracle.items()}
     loss, terms = scale.scale_loss(z, truth, data.taxonomy, 20, 0.1, weights, unit, pairs, binary)
     torch.testing.assert_close(terms, oracle)
@@ -105,10 +103,9 @@ def test_training_on_frozen_features(exclusive):
     """A slip in Eq. 1, features that moved, wrong pairs, a probe short of its optimum show."""
     data, frozen, log = tiny_data(24, exclusive), tiny_data(24, exclusive), []
     turned = torch.cat([data.views, data.views.roll(1, 0)], 1)  # views are drawn from
-    (_, before), (_, drawn), (margins_of, after) = (
-        scale.fit_scale(scale.replace(data, views=views), range(24), scale.Config(epochs=epochs),
-                        torch.Generator(), log)
-        for views, epochs in ((data.views, 1), (turned, 1), (data.views, 40)))
+    (_, before), (_, drawn), (margins_of, after) = (scale.fit_scale(
+        scale.replace(data, views=views), range(24), scale.Config(epochs=n), torch.Generator(), log)
+        for views, n in ((data.views, 1), (turned, 1), (data.views, 40)))
     assert data.views.equal(frozen.views) and data.texts.equal(frozen.texts)
     assert len(w := [*after.values()]) == 6 and not any(map(torch.equal, before.values(), w))
     assert not before["image.up.weight"].equal(drawn["image.up.weight"])
@@ -121,11 +118,11 @@ def test_training_on_frozen_features(exclusive):
         mixed = scale.mix_pairs(truth, torch.Generator().manual_seed(0))
         assert rows.equal(image) and truth.equal(F.one_hot(h).bool()) and truth[mixed].equal(truth)
         assert sorted(mixed.tolist()) == list(range(len(rows))) != mixed.tolist()
-    probe, images = scale.METHODS["linear-lbfgs"], data.images.double()
-    margins = probe(data, range(24), scale.Config(), None, log)[0](range(24)).detach()
+    config, images = scale.Config(method="linear-lbfgs"), data.images.double()
+    margins = scale.fit_linear(data, range(24), config, None, log)[0](range(24)).detach()
     for truth, margin in zip((data.sentence >= 0).T, margins.T, strict=True):
-        theirs = linear_model.LogisticRegression(
-            C=100, class_weight="balanced", tol=1e-9, max_iter=10 ** 4).fit(images, truth)
+        theirs = linear_model.LogisticRegression(C=100, tol=1e-9, max_iter=10 ** 4, class_weight={
+            False: 1, True: ((~truth).sum() / truth.sum()).item()}).fit(images, truth)
         assert margin.numpy() == pytest.approx(theirs.decision_function(images), abs=1e-3, rel=1e-3)
 
 @pytest.mark.parametrize("method", ["lora", "hica", "coop"])
@@ -173,6 +170,15 @@ def test_metrics_equal_scikit_learn(exclusive):
              for score in (metrics.recall_score, metrics.f1_score)]
     got = scale.score_task(torch.tensor(margins), torch.tensor(truth), exclusive)
     assert [*got.values()] == pytest.approx([(target == decided).mean(), *macro, *areas])
+
+def test_tsne_is_no_worse_than_scikit_learn():
+    """A wrong affinity, perplexity, divergence, or a poor minimum would show."""
+    x = torch.eye(9)[torch.arange(60) % 9] + 2 * unit_rows(60, 9).float().detach()
+    best = manifold.TSNE(perplexity=62 / 3, method="exact", random_state=0).fit(x.numpy())
+    (kl, y), theirs = scale.tsne(x), manifold._t_sne
+    assert kl <= 1.05 * best.kl_divergence_
+    p = theirs._joint_probabilities(np.square(metrics.pairwise_distances(x)), 62 / 3, 0)
+    assert kl == pytest.approx(theirs._kl_divergence(y.numpy().ravel(), p, 1, 60, 2)[0], 1e-4)
 
 def python(folder, *arguments, **environment):
     done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True,
@@ -243,9 +249,8 @@ def test_padchest_release(tmp_path):
     counts = prepare("padchest-gr", tmp_path)[1]  # refuses a patient in two splits
     assert {*counts.sum(0).tolist()} == {60, 61} and (abs(counts[2] / 60 - 0.15) < 0.08).all()
 
-@pytest.mark.parametrize("name, splits, counts, files", [
-    ("chest-xray", ("train", "val", "test"), [1, 1, 1],
-     ("x/{0}/{1}/p.jpeg", "x/x/{0}/{1}/p.jpeg", "MAC/x/{0}/{1}/._q.jpeg")),
+@pytest.mark.parametrize("name, splits, counts, files", [("chest-xray", ("train", "val", "test"),
+    [1, 1, 1], ("x/{0}/{1}/p.jpeg", "x/x/{0}/{1}/p.jpeg", "MAC/x/{0}/{1}/._q.jpeg")),
     ("busi", range(20), [14, 3, 3], ("B/{1}/{1} ({0}).png", "B/{1}/{1} ({0})_mask_1.png"))])
 def test_folder_releases(tmp_path, name, splits, counts, files):
     """A mask, a nested copy, a macOS stub as image, an unfair split, a lost class would show."""
@@ -284,15 +289,14 @@ def test_weights_arrive_whole(tmp_path, monkeypatch, capsys):
     Path("page.safetensors").write_text("<html>Sign in, please</html>")
     server = http.server.HTTPServer(("127.0.0.1", 0), Host)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    for given, plan, words in (  # what the host does with each request, words of the error
-            ("m.zip", "cut cut ignores", ""), ("jit.pt", "cut changed", ""),
+    for given, plan, words in (("m.zip", "cut cut ignores", ""), ("jit.pt", "cut changed", ""),
             ("old.bin", "cut cut cut cut", "after 397 of"), ("old.bin", "whole", ""),
             ("hub", "", ""), ("m.safetensors", "", ""), ("evil.bin", "", "Unpi"),
             ("page.safetensors", "whole", "header"), ("jit.pt", "gone gone gone gone", "404"),
             ("m.safetensors", "long long long long", "cut off"), ("jit.pt", "whole", "instead")):
         url, known = f"http://127.0.0.1:{server.server_port}/{given}", "#0" * (words == "instead")
         monkeypatch.setitem(data_prep.RELEASES["weights"], "x", {target.name: url + known})
-        Host.plan, Host.body = plan.split(), plan and Path(given).read_bytes()
+        Host.plan, Host.body = plan.split(), plan and Path(given).read_bytes()  # one per request
         code = data_prep.main(["weights", "x", *(() if plan else ("--from", given))])
         parts, error = ("data_prep.py: ", words, url, " --from FILE."), capsys.readouterr().err
         assert (code, Host.plan, target.exists()) == (2 * bool(words), [], not words)
@@ -317,9 +321,8 @@ def written_clip():
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder)
     out = model(CLIP(folder).tokenize(TEXTS)[0], pixels := torch.randn(3, 3, 40, 40))
-    patches = model.vision_model.post_layernorm(out.vision_model_output.last_hidden_state)
-    patches = model.visual_projection(patches)[:, 1:]
-    return folder, (pixels, out.image_embeds, out.text_embeds, patches), tokenizer, processor
+    patches = model.visual_projection(model.vision_model.post_layernorm(out.vision_model_output[0]))
+    return folder, (pixels, out.image_embeds, out.text_embeds, patches[:, 1:]), tokenizer, processor
 
 @functools.cache
 def written_medclip():
@@ -351,13 +354,12 @@ def openai_layout(hf, text=""):  # open_clip's with text="text."
         text_model.: q_proj.:in_proj_ pre_layrnorm:ln_pre post_layernorm:ln_post final_ln_:ln_final
         encoder.layers:transformer.resblocks fc1:c_fc embeddings.: _projection.weight:_projection
         vision_model:visual visual_projection:visual.proj self_: patch_embedding:conv1""".split()
-    for name, tensor in hf.items():
-        if "q_proj" in name:
-            tensor = torch.cat([hf[name.replace("q_proj", c + "_proj")] for c in "qkv"])
-        tensor = tensor.T.contiguous() if "_projection" in name else tensor
+    for n, t in hf.items():
+        t = torch.cat([hf[n.replace("q_proj", c + "_proj")] for c in "qkv"]) if "q_proj" in n else t
+        t = t.T.contiguous() if "_projection" in n else t
         for pair in spelling:
-            name = name.replace(*pair.split(":"))
-        out[name if name.startswith(("visual", "logit")) else text + name] = tensor
+            n = n.replace(*pair.split(":"))
+        out[n if n.startswith(("visual", "logit")) else text + n] = t
     return {n: t for n, t in out.items() if ".k_proj" not in n and ".v_proj" not in n}
 
 @pytest.mark.parametrize("kind", "clip openai open_clip half medclip".split())
@@ -382,15 +384,13 @@ def test_checkpoints_equal_transformers_or_are_refused(tmp_path, kind):
     sum(x.square().sum() for x in got[:2]).backward()
     assert [n for n, t in w.items() if t.grad is None] == ["logit_scale"]
     name = next(n for n in hf if n.endswith(("10.mlp.fc1.bias", "0.attention.self.query.bias")))
-    for tensors, words in (  # transformers 5 renames Swin's
-            ({n.replace(name, "q"): hf[n] for n in hf}, name + " missing"),
+    for tensors, words in ((hf | {"logit_bias": torch.zeros(1)}, "logit_bias"),
+            ({n.replace(name, "q"): hf[n] for n in hf}, name + " missing"),  # as transformers 5 may
             ({n: t[:1] if "position" in n else t for n, t in hf.items()}, "position"),
-            ({n: hf[n] for n in hf if ".10." not in n}, "missing inst"),
-            (hf | {name: hf[name][:1]}, name), (hf | {name: hf[name] * math.nan}, name),
-            (hf | {"logit_bias": torch.zeros(1)}, "logit_bias"), (None, "safetensors")):
+            ({n: hf[n] for n in hf if ".10." not in n}, "missing inst"), (None, "safetensors"),
+            (hf | {name: hf[name][:1]}, name), (hf | {name: hf[name] * math.nan}, name)):
         (tmp_path / "model.safetensors").write_bytes(save(tensors) if tensors else save(hf)[:9999])
-        with pytest.raises(InputError, match=words + ".*weights test_"):
-            scale.load_backbone(tmp_path)
+        pytest.raises(InputError, scale.load_backbone, tmp_path).match(words + ".*weights test_")
 
 def test_tokens_and_pixels_equal_transformers(tmp_path):
     """A slip in splitting, joining, reading files; a crop, filter, alpha, mean, 16 bits show."""
@@ -432,19 +432,18 @@ def test_supcon_equals_loops_and_is_no_worse_than_plain_torch(temperature):
         assert_same(supcon_loss(x, h[:n], tau, contrast=y, contrast_labels=h),
                     supcon_loop(x, h[:n], tau, y, h), (x, y, tau))
     pairs = unit_rows(150, 40).repeat(2, 1) + unit_rows(300, 40, 1) / 20  # confident positives
-    for dtype, (z, classes, tau) in itertools.product(
-            (torch.float32, torch.float16, torch.bfloat16),
-            ((unit_rows(300, 40), 9, temperature), (pairs, 150, 0.1))):
-        x, g = z.detach().to(dtype).requires_grad_(), torch.arange(300) % classes
+    cases = (unit_rows(300, 40), 9, temperature), (pairs, 150, 0.1)
+    for dtype, (z, n, tau) in itertools.product((torch.float32, torch.half, torch.bfloat16), cases):
+        x, g = z.detach().to(dtype).requires_grad_(), torch.arange(300) % n
         z = x.detach().double().requires_grad_()
         exact, ours, plain = (torch.autograd.grad(f(t, g, tau), t)[0] for f, t in (
-            (supcon_reference, z), (supcon_loss, x), (supcon_reference, x)))
+            (supcon.supcon_reference, z), (supcon_loss, x), (supcon.supcon_reference, x)))
         assert (ours - exact).norm() <= (plain - exact).norm() * 1.3 + 1e-6 * exact.norm()
 
 def test_supcon_blocks_and_forms():
     """An error where tiles meet, in a reduction, CLIP, SCALE's Q, an N x M kept would show."""
     x, y, g = unit_rows(1500, 8), unit_rows(1500, 8, 1), torch.arange(1500) % 900
-    assert_same(supcon_loss(x, g), supcon_reference(x, g), x)
+    assert_same(supcon_loss(x, g), supcon.supcon_reference(x, g), x)
     losses, total = (supcon_loss(x, g, reduction=name) for name in ("none", "sum"))
     assert (losses == 0).sum() == 300 and torch.equal(total, losses.sum())
     clip = sum(F.cross_entropy(q * 2, torch.arange(1500)) for q in (x @ y.T, y @ x.T)) / 2
@@ -453,11 +452,10 @@ def test_supcon_blocks_and_forms():
     for m, unit in itertools.product((5, 90), (True, False)):
         a, b, g = unit_rows(300, 20), unit_rows(m, 20, 1), g[:300] % 7
         q = F.normalize(a @ b.T, dim=1) if unit else a @ b.T
-        assert_same(product_supcon_loss(a, b, g, tau, unit_rows=unit),
-                    supcon_reference(q, g, tau), (a, b, tau))
-    assert torch.autograd.gradcheck(lambda x, tau: supcon_loss(
-        x.T.clone().T, g[:7] % 3, tau, reduction="none"), (unit_rows(7, 4), tau),
-        check_undefined_grad=False)
+        assert_same(supcon.product_supcon_loss(a, b, g, tau, unit_rows=unit),
+                    supcon.supcon_reference(q, g, tau), (a, b, tau))
+    assert torch.autograd.gradcheck(lambda x, tau: supcon_loss(x.T.clone().T, g[:7] % 3, tau,
+        reduction="none"), (unit_rows(7, 4), tau), check_undefined_grad=False)
     x, y, g, kept = unit_rows(64, 4), unit_rows(500_000, 4, 1), torch.arange(500_000) % 50, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, id):
         supcon_loss(x, g[:64], contrast=y, contrast_labels=g)
@@ -472,13 +470,12 @@ def test_supcon_where_it_is_copied(tmp_path):
         with pytest.raises(ValueError, match="expected .*doc.*not .*torch."):
             supcon_loss(**{"features": x, "labels": g} | wrong)
     gradient, = torch.autograd.grad(supcon_loss(x, g), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    pytest.raises(RuntimeError, gradient.sum().backward).match("differentiate twice")
     small = functools.partial(supcon.supcon_loss, temperature=0.1)  # dense
     assert small(x, g.int() % 2).equal(small(x, (g % 2).bool()))
     assert_same(small(x, g), supcon_loss(x, g, 0.1), x, 1e-6, 1e-5)
     assert torch.autograd.gradgradcheck(small, (unit_rows(7, 4), g[:7] % 3))
-    for loss in (small, supcon_loss, lambda x, g: product_supcon_loss(x, x.detach(), g)):
+    for loss in (small, supcon_loss, lambda x, g: supcon.product_supcon_loss(x, x.detach(), g)):
         assert_same(torch.compile(loss, fullgraph=True, backend="aot_eager")(x, g), loss(x, g), x)
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(loss(x, g), loss(x, g), x, 0, 0)  # also: the same bits from run to run
@@ -509,17 +506,15 @@ def test_supcon_two_processes_equal_one(tmp_path):
 
 def test_triton_in_interpreter():
     """A wrong Triton tile, an access out of bounds, or a race of two programs would show."""
-    pytest.importorskip("triton")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
     if "TRITON_INTERPRET" not in os.environ:  # this very test, in a process of its own
         code = f"import {__name__} as t; t.test_triton_in_interpreter()"
         python(HERE, "-c", code, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         return
-    from triton.runtime import interpreter
     builder, launch = interpreter.InterpreterBuilder, interpreter.GridExecutor.__call__
     inside, seen = [], []  # addresses of the tensors; of what was read and written
     def record(self, mask, access, ptrs, *rest):
-        at = np.unique(ptrs.data[rest[mask].data.astype(bool)].astype(np.int64))
-        seen[mask].append(at)
+        seen[mask].append(at := np.unique(ptrs.data[rest[mask].data.astype(bool)].astype(np.int64)))
         end = at + ptrs.get_element_ty().primitive_bitwidth // 8
         assert np.all(sum((at >= a) & (end <= b) for a, b in inside)), "out of bounds"
         return access(self, ptrs, *rest)
@@ -548,16 +543,14 @@ def test_triton_in_interpreter():
 @pytest.mark.parametrize("dtype, shape", [("fp32", (128, 64, 32)), ("bf16", (128, 128, 64))])
 def test_triton_compiles_without_spills(tmp_path, arch, dtype, shape, weights):
     """Tiles that spill registers or miss the tensor cores would show, without a GPU."""
-    triton = pytest.importorskip("triton")
+    triton, kernel = pytest.importorskip("triton"), supcon._tile_kernel
     from triton.backends.compiler import GPUTarget
-    names = supcon._tile_kernel.arg_names
     constants = dict(zip("RCD", shape, strict=True), DIM=768, WEIGHTS=weights)
-    kinds = {"a_ptr": dtype, "b_ptr": dtype, "weight_ptr": dtype} | dict.fromkeys(
-        ("a_label_ptr", "b_label_ptr"), "i64")
-    types = {n: "*" + kinds.get(n, "fp32") if n.endswith("_ptr") else "i32" for n in names}
+    kinds = dict(a_ptr=dtype, b_ptr=dtype, weight_ptr=dtype, a_label_ptr="i64", b_label_ptr="i64")
+    types = {n: "*" + kinds.get(n, "fp32") if "_ptr" in n else "i32" for n in kernel.arg_names}
     types |= dict.fromkeys(constants, "constexpr")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
-    source = triton.compiler.ASTSource(supcon._tile_kernel, types, constants, aligned)
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(types) if "_ptr" in n}
+    source = triton.compiler.ASTSource(kernel, types, constants, aligned)
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 8})
     (tmp_path / "cubin").write_bytes(built.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -574,8 +567,7 @@ def test_interrupted_embedding_goes_on(demo, tmp_path, monkeypatch):
     whole = embed("a")
     monkeypatch.setattr(CLIP, "encode_image", lambda *x: sizes.append(len(x[1])) or encode(*x))
     paths[70].write_bytes(jpeg[:700])
-    with pytest.raises(InputError, match="P0070.jpg"):  # in the third batch
-        embed("b")
+    pytest.raises(InputError, embed, "b").match("P0070.jpg")  # in the third batch
     paths[70].write_bytes(jpeg)
     assert embed("b").equal(whole) and sizes == [32, 32, 32, 3]
     paths[0].write_bytes(paths[1].read_bytes())  # content decides, not the name
@@ -636,7 +628,9 @@ def test_commands(demo, folder):
             "config.json", "metrics.json")] for path in folder.glob("runs/demo-" + kind)]
     out, runs = run("--sweep --method zeroshot,coop,scale --splits 1")
     rows = read_csv((report := folder / "runs" / "report-demo") / "results.csv")
-    shown = "".join(ET.parse(report / "figures" / "scores.svg").getroot().itertext())
+    shown, map_ = ("".join(ET.parse(report / "figures" / f"{name}.svg").getroot().itertext())
+                   for name in ("scores", "texts"))
+    assert map_.count("irregular streaks") == 4  # two panels, a title and a label in each
     assert len(rows) == 15 and "at 50%" in out and "leads" in (report / "report.md").read_text()
     assert rows[0]["n_train"] == "21" and all(x in shown for row in rows for x in row.values())
     assert {float(row["class_f1"]) for row in rows} == {x["class"]["f1"] for _, x in runs}
@@ -649,9 +643,9 @@ def test_commands(demo, folder):
     found = np.max([(x["class"]["f1"], x["class_concept"]["f1"]) for _, x in runs], axis=0)
     assert (found < (0.55, 0.35)).all()  # zero-shot: .58, .42
     grid, runs = run("--grid --frac 0.05 --splits 1 --epochs 2", "*grid*")
-    best, _ = max(runs, key=lambda run: run[1]["class_concept"]["f1"])
-    assert len(runs) == 81 and {x["n_test"] for _, x in runs} == {203}  # validation images
-    assert f"--lambdas {best['lambdas']} " in grid.splitlines()[0]
+    f1 = {config["lambdas"]: x["class_concept"]["f1"] for config, x in runs}
+    assert {x["n_test"] for _, x in runs} == {203}  # validation images
+    assert len(f1) == 81 and f1[grid.split()[1]] == max(f1.values())
     shutil.rmtree(folder / "runs")
     assert demo[1] in python(folder, "-m", "torch.distributed.run", "--nproc-per-node=2", *COMMAND,
                              "--frac", "0.05", "--splits", "2").stdout
@@ -664,12 +658,11 @@ BAD = {  # file: changes of its text, old>new>words of the error; or flags
                     "streaks>streaks;regular streaks>has 2 labels", "--frac 0.003>>has none",
                     "--dataset d>>py derm7p", "--backbone monet>>weights monet", "--run=-->>--run",
                     "--criterion x>>pigment", "--method scala>>scala", "--device cuda:77>>cpu"],
-    "meta.csv": [",absent,>,abscent,>abscent", "P0007.jpg,,>P7,,>p7", "case_num>\0>row 2",
-                 "1,clark nevus,>1,clark nevus,1>seven_point_score"],
+    "meta.csv": [",absent,>,abscent,>abscent", "1,clark nevus,>1,clark nevus,1>seven_point_score",
+        "P0007.jpg,,>P7,,>p7", "case_num>\0>row 2"], "taxonomy.json": ["tasks>taskz>taxonomy"],
     "test_indexes.csv": ["es\n>es\n5\n>row 5,", "indexes\n>indexes\n1011\n>row 2"],
-    "master_table.csv": ["a_2.png>b_2.png>two patients", "['left', 'basal']>exit()>row 2",
-                         "a_2.png>../a_2.png>row 2", "_2.png>z.png>z.png", "test>tset>tset",
-                         "\nPa,>\n,>PatientID"], "taxonomy.json": ["tasks>taskz>taxonomy"]}
+    "master_table.csv": ["test>tset>tset", "a_2.png>../a_2.png>row 2", "_2.png>z.png>z.png",
+        "a_2.png>b_2.png>two patients", "['left', 'basal']>exit()>row 2", "\nPa,>\n,>PatientID"]}
 BAD |= {path.name: [] for path in (HERE / "weights" / "demo").glob("*.*")} | {"P0000.jpg": []}
 ODD = [b"", b'""', b",", b"\n", b"null", b"-1", b"1e9", b"[]", b"NaN", b"\0", b"../", b"test", b";"]
 

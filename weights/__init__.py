@@ -2,9 +2,9 @@
 
 Shared: the strict check of a checkpoint (one that loads by halves and still predicts is the worst
 failure), layers, `Backbone`. N images or texts of L tokens are W wide in a tower, D after it."""
-import hashlib
 import json
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -49,9 +49,8 @@ def check_tensors(tensors, family, depths):
     known = {c: size for n in reversed(expected) for c, size in
              zip(expected[n], found.get(n, ()), strict=False) if isinstance(c, str) and size != 1}
     expected = {n: tuple(known.get(c, c) for c in shape) for n, shape in expected.items()}
-    faults = [f"{n} {found.get(n, 'missing')} instead of {expected.get(n, 'none')}"
-              for n in expected | found if found.get(n) != expected.get(n)]
-    if faults:
+    if faults := [f"{n} {found.get(n, 'missing')} instead of {expected.get(n, 'none')}"
+                  for n in expected | found if found.get(n) != expected.get(n)]:
         raise ValueError(f"{len(faults)} of {len(found)} tensors misfit: {', '.join(faults[:4])}")
     return {n: tensors[n].float() for n in expected}  # a view of the file, if it is float32
 
@@ -84,16 +83,10 @@ class Backbone:
     """A frozen encoder, without what its family adds: tensors, settings, towers, tokenizer."""
     word_table = property(lambda self: self.tensors[self.words])  # (V, W)
 
-    def to(self, device, dtype=torch.float32):
-        """Itself, with its tensors on `device`, of type `dtype`."""
-        self.tensors = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
-        return self
-
     def describe(self):
         """All beyond the tensors that changes an embedding, ready for JSON."""
         files = *self.files, HERE / "tensors.json", *sorted(HERE.glob("*.py"))
-        words = b"".join(file.read_bytes() for file in files)
-        return self.settings | {"files": hashlib.sha256(words).hexdigest()}
+        return self.settings | {"files": sha256(b"".join(map(Path.read_bytes, files))).hexdigest()}
 
     def tokenize(self, texts):
         """Ids (N, L), padded with 0, and lengths (N,) of N texts: start, text cut to fit, end."""
@@ -103,7 +96,7 @@ class Backbone:
 
     def encode_image(self, pixels):
         """(N, D), not normalised, of pixels (N, 3, H, W) from `preprocess`."""
-        return self.encode(self.image_tower, pixels)
+        return self.encode(self.image_tower, pixels.to(self.word_table))
 
     def encode_text(self, texts):
         """(N, D), not normalised, of a list of N texts."""
@@ -112,8 +105,7 @@ class Backbone:
     @torch.no_grad()
     def encode(self, tower, *inputs):
         """(N, D) of a tower; InputError if a weight's NaN or infinity has reached them."""
-        like = self.word_table, self.word_table.device  # tokens stay integers
-        x = tower(self.tensors, *(x.to(like[not x.is_floating_point()]) for x in inputs)).float()
+        x = tower(self.tensors, *(x.to(self.word_table.device) for x in inputs)).float()
         if not torch.isfinite(x).all():
             with reading(self.path):
                 raise ValueError("its weights give embeddings with NaN or infinity")

@@ -93,9 +93,8 @@ class CLIP(Backbone):
         mean, std, resample, crop = self.settings["pixels"].values()
         size = [int(crop * side / min(image.size)) for side in image.size]
         left, top = ((side - crop) // 2 for side in size)
-        image = image.convert("RGB").resize(size, resample)
-        x = np.asarray(image.crop((left, top, left + crop, top + crop)), np.float32) / 255
-        x = (x - np.float32(mean)) / np.float32(std)
+        x = np.asarray(image.convert("RGB").resize(size, resample), np.float32) / 255
+        x = (x[top:top + crop, left:left + crop] - np.float32(mean)) / np.float32(std)
         return torch.from_numpy(x).permute(2, 0, 1).contiguous()
 
     def word_pieces(self, word):
@@ -106,13 +105,12 @@ class CLIP(Backbone):
         while known := [(self.ranks[pair], at) for at in range(len(parts) - 1)
                         if (pair := tuple(parts[at:at + 2])) in self.ranks]:
             at = min(known)[1]
-            parts[at:at + 2] = ["".join(parts[at:at + 2])]
+            parts[at] += parts.pop(at + 1)
         return [self.vocab.get(part, self.end) for part in parts]
 
     def split(self, text):
-        """Words of a text, as those of Hugging Face's CLIPTokenizerFast."""
-        # A literal "<|endoftext|>" is plain text. Unlike CLIP's expression, Python's lower() treats
-        # a final sigma apart, letters hold the numerals Nl and No, \x1c to \x1f are white space.
+        """Words of a text as by Hugging Face's CLIPTokenizerFast; "<|endoftext|>" is plain text."""
+        # Python's lower() treats a final sigma apart, letters hold Nl and No, space \x1c to \x1f.
         text = "".join(c.lower() for c in unicodedata.normalize("NFC", text))
         numerals = "".join({c for c in text if unicodedata.category(c) in ("Nl", "No")})
         return re.findall(rf"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_{numerals}]+|[\d{numerals}]|"

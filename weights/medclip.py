@@ -98,12 +98,10 @@ class MedCLIP(Backbone):
         """Embeddings (N, D), not normalised, of ids (N, L) or token embeddings (N, L, W)."""
         x = F.embedding(tokens, w[WORDS]) if tokens.ndim == 2 else tokens
         x = x + w[PLACES][:x.shape[1]] + w[KINDS][0]
-        x, states = norm(w, TEXT + "embeddings.LayerNorm", x, 1e-12), []
+        states = [norm(w, TEXT + "embeddings.LayerNorm", x, 1e-12)]
         real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (N, L)
         for p in (f"{TEXT}encoder.layer.{i}." for i in range(LAYERS)):
-            x = block(w, p, "bert", x, x.shape[2] // 64, real[:, None, None])
-            states.append(x)
-        # Choice: the mean leaves padding out. MedCLIP's own has it in, so that there an embedding
-        # depends on the longest text of its batch.
-        x = (states[0] + states[1] + states[-1]) * real[..., None]
+            states.append(block(w, p, "bert", states[-1], x.shape[2] // 64, real[:, None, None]))
+        # Choice: the mean leaves padding out; MedCLIP's own depends on the batch's longest text.
+        x = (states[1] + states[2] + states[-1]) * real[..., None]
         return x.sum(1) / (3 * lengths[:, None]) @ w["text_model.projection_head.weight"].T

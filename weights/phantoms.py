@@ -3,8 +3,7 @@
 Entirely synthetic: no patient, no medical meaning. `python -m weights.phantoms` trains the demo's
 CLIP anew (6 min; not to the same bits): it learns the criteria's words in another clinic, whose
 camera differs and where rare signs are common, so that zero-shot meets a domain gap."""
-import functools
-import shutil
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import save_file
 
 from data_prep import DERM7P, HERE, RELEASES, prepare_derm7p, read_table
-from scale import progress, replace_file
+from scale import progress, replace_file, write_files
 
 from .clip import CLIP
 
@@ -23,7 +22,7 @@ COLOURS = {name: np.array(rgb) for name, rgb in TABLES["colours"].items()}
 def draw_marks(rgb, rng, centre, radius, row):
     """Draw a row of marks (radians, pixels), dots or lines that end in one, over rgb (H, W, 3)."""
     count, sector, near, far, turn, length, bend, width, ragged, blur, colour = row
-    canvas, first = Image.new("L", (192, 192)), rng.uniform(0, 2 * np.pi)
+    pen, first = ImageDraw.Draw(canvas := Image.new("L", (192, 192))), rng.uniform(0, 2 * np.pi)
     for k in range(count):
         side, size = rng.choice([-1, 1]), rng.uniform(1 - ragged, 1 + ragged)
         angle = first + sector * (.618 * k % 1) + .3 * ragged * rng.standard_normal()
@@ -31,9 +30,8 @@ def draw_marks(rgb, rng, centre, radius, row):
         headings = angle + side * (turn * rng.uniform(.8, 1) + bend * np.arange(9) / 8)
         steps = length * size / 9 * np.exp(1j * headings)
         path = 2 * (centre + away * np.exp(1j * angle) + steps.cumsum()).view(float)
-        pen, (x, y), half = ImageDraw.Draw(canvas), path[-2:], size * width
         pen.line(path.tolist(), 255, max(1, round(2 * width)), "curve")
-        pen.ellipse([x - half, y - half, x + half, y + half], 255)
+        pen.ellipse([*path[-2:] - size * width, *path[-2:] + size * width], 255)
     alpha = np.asarray(canvas.filter(ImageFilter.GaussianBlur(2 * blur)).reduce(2)) / 255
     return rgb + .8 * alpha[..., None] * (COLOURS[colour] - rgb)
 
@@ -63,15 +61,14 @@ def draw_phantom(names, rng):
 def prepare_demo(data):
     """Draw the 1,011 lesions of weights/demo/meta, in Derm7p's numbers and correlated by a hidden
     severity, into <data>/demo/release_v0; prepare them as Derm7p; return the folder <data>/demo."""
-    folder, meta = data / "demo", HERE / "demo" / "meta"
+    raw, meta = data / "demo" / "release_v0", HERE / "demo" / "meta"
     for i, (_, row) in enumerate(progress(read_table(meta / "meta.csv"), 1011, "phantoms drawn:")):
         names = [known[row[criterion]] for criterion, known in DERM7P.items()]
-        path = folder / "release_v0" / "images" / row["derm"]
         lesion = draw_phantom(names, np.random.default_rng([0, i]))
-        replace_file(path, functools.partial(lesion.save, format="JPEG", quality=92))
-    shutil.copytree(meta, folder / "release_v0" / "meta", dirs_exist_ok=True)
-    prepare_derm7p(folder, folder, **RELEASES["demo"])
-    return folder
+        replace_file(raw / "images" / row["derm"], partial(lesion.save, format="JPEG", quality=92))
+    write_files(raw / "meta", {path.name: path.read_bytes() for path in meta.iterdir()})
+    prepare_derm7p(raw, raw.parent, **RELEASES["demo"])
+    return raw.parent
 
 def pretrain(folder, steps=2000, batch=32):
     """Train the checkpoint in `folder` anew; its sizes, vocabulary and scale stay. Each lesion
