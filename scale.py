@@ -780,21 +780,21 @@ def write_report(config, results, tables, data):
 
 def tsne(x):
     """Exact t-SNE (van der Maaten and Hinton, 2008) of x (N, D): its KL divergence, map (N, 2)."""
-    x, perplexity, generator = x.double(), min(30, (len(x) + 2) / 3), torch.Generator()
+    x, perplexity = x.double(), min(30, (len(x) + 2) / 3)
     d, beta = torch.cdist(x, x).square().fill_diagonal_(math.inf), x.new_zeros(len(x), 1)
     for step in 16 * 0.5 ** torch.arange(40):  # until each row has the entropy log(perplexity)
         p = (-d * beta.exp()).softmax(1)
         beta += step * (torch.special.entr(p).sum(1, True) - math.log(perplexity)).sign()
     i, j = torch.triu_indices(len(x), len(x), 1)
     p = (p + p.T)[i, j] / len(x)
-    y = torch.randn(6, len(x), 2, generator=generator.manual_seed(0)).double().requires_grad_()
-    def divergence():  # of six maps
-        near = -(y[:, i] - y[:, j]).square().sum(2).log1p()  # Student's t
-        return (torch.xlogy(p, p) - p * near.log_softmax(1)).sum(1)
-    train(lambda _: (divergence().sum(), {}), [y], 1, Config(epochs=1), generator, [],
-          converge([y], max_iter=1000))
-    best = divergence().argmin()
-    return divergence()[best].item(), y[best].detach()
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    y = F.pad(u * s, (0, 1))[:, :2]  # it starts at two principal components
+    y = (y / y.std().clamp(min=1e-9)).requires_grad_()
+    def divergence(_):
+        near = -(y[i] - y[j]).square().sum(1).log1p()  # Student's t
+        return F.kl_div(near.log_softmax(0), p, reduction="sum"), {}
+    train(divergence, [y], 1, Config(epochs=1), None, [], converge([y], max_iter=1000))
+    return divergence(None)[0].item(), y.detach()
 
 def draw_series(i, points, title):
     """Series i: a line through points (x, y, error), their marks; title shows on hover."""
@@ -814,21 +814,21 @@ def draw_texts(data, read):
     """SVG like Fig. 4: t-SNE of prompts and sentences, frozen and adapted, a colour a class."""
     combinations = [c for task in data.taxonomy.tasks for c in task["combinations"]]
     classes = sorted({c["class"] for c in combinations})
-    texts, (n, h) = torch.cat([data.texts[:-1], data.sentences]), (data.sentence >= 0).nonzero().T
-    owner, parts = torch.arange(len(texts) + 1), []
-    owner[len(combinations) + data.sentence[n, h].cpu()] = h.cpu()  # what sentences state
+    shown, parts = (data.sentence >= 0) & (len(data.sentences) > 0), []
+    s, h = torch.stack([data.sentence[shown], shown.nonzero()[:, 1]]).unique(dim=1)
+    texts = torch.cat([data.texts[:-1], data.sentences[s]])
+    owners = combinations + [combinations[i] for i in h.tolist()]
     for left, title, x in ((30, "frozen", texts), (690, "adapted", read(texts))):
         kl, y = tsne(x.cpu())
-        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)) * torch.tensor([480, 660])
+        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)).clamp(min=1e-9) * torch.tensor([480, 660])
         parts.append(TEXT.format(left, 30, f"{title}; KL divergence of the map {kl:.3f}"))
         for i, name in enumerate(classes):
             parts += draw_mark(i, left + 5 + 120 * i, 55, name)
-        for k, (u, v) in enumerate(y.tolist()):  # sentences without their names
-            c = combinations[owner[k]]
+        for k, (c, (u, v)) in enumerate(zip(owners, y.tolist(), strict=True)):
             mark = draw_mark(classes.index(c["class"]), left + 5 + u, 100 + v, c["name"])
-            parts += mark[: 1 + (k < len(combinations))]
+            parts += mark[: 1 + (k < len(combinations))]  # sentences without their names
     halo = '<g font-size="12" stroke="#fff" stroke-width="3" paint-order="stroke">'
-    return SVG.format("\n".join([halo, *parts, "</g>"]))
+    return SVG.format("\n".join([halo, *sorted(parts, reverse=True), "</g>"]))  # marks on top
 
 def draw_scores(results):
     """SVG like Fig. 2 and 3: mean ±sd by fraction; a line's title holds its runs' numbers."""
