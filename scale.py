@@ -818,9 +818,9 @@ def draw_texts(data, read):
     s, h = torch.stack([data.sentence[shown], shown.nonzero()[:, 1]]).unique(dim=1)
     texts = torch.cat([data.texts[:-1], data.sentences[s]])
     owners = combinations + [combinations[i] for i in h.tolist()]
-    for left, title, x in ((30, "frozen", texts), (690, "adapted", read(texts))):
+    for left, title, x in ((20, "frozen", texts), (670, "adapted", read(texts))):
         kl, y = tsne(x.cpu())
-        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)).clamp(min=1e-9) * torch.tensor([480, 660])
+        y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)).clamp(min=1e-9) * torch.tensor([465, 660])
         parts.append(TEXT.format(left, 30, f"{title}; KL divergence of the map {kl:.3f}"))
         for i, name in enumerate(classes):
             parts += draw_mark(i, left + 5 + 120 * i, 55, name)
