@@ -986,7 +986,7 @@ def start_worker():
 
 def run_all(jobs, given):
     """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
-    mine, given = rotated(jobs), rotated(given)
+    mine, given = rotated(jobs[::-1]), rotated(given[::-1])  # those of many images first
     with ProcessPoolExecutor(min(32, os.cpu_count()), None, start_worker) as pool:
         results = (pool.map if given[0].images.is_cpu else map)(run_once, mine, given)
         done = dict(zip(mine, progress(results, len(jobs), "run"), strict=True))
