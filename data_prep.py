@@ -120,10 +120,9 @@ def prepare_padchest(raw, folder, rng, language, official):
 def prepare_folders(release, raw, folder, rng):
     """Prepare [train|val|test/]<class>/<image>. # Choice: or 15% test, 15% valid, by chance."""
     known, root, found = RELEASES["images"][release], raw.resolve(), {}
-    for path in sorted(root.rglob("*.*"), key=lambda path: (len(path.parts), path)):
+    for path in sorted(root.rglob("[!.]*.*"), key=lambda path: (len(path.parts), path)):
         part, kind, name = ("", "", *path.relative_to(root).as_posix().lower().split("/"))[-3:]
-        if (kind in known and name.endswith((".png", ".jpg", ".jpeg")) and "_mask" not in name
-                and not name.startswith("._")):  # nor is a second copy, deeper down, taken
+        if kind in known and name.endswith((".png", ".jpg", ".jpeg")) and "_mask" not in name:
             found.setdefault((SPLITS.get(part, ""), kind, name), path.relative_to(root).as_posix())
     have = [len({k for p, k, _ in found if p == part}) for part in ("", "train", "test")]
     if have not in ([len(known), 0, 0], [0, len(known), len(known)]):  # by split

@@ -408,22 +408,22 @@ def cross_entropy(z, truth, level, scale, nothing=None):
 
 def supcon_of_rows(a, b, members, temperature, unit):
     """L_SupCon(G, Q), Eq. 2: anchors are the rows of Q = a @ b.T; swap a and b for the columns.
-    a, b (T, N, K), members (T, N, H): 1 where a sample of task t belongs to h; mean over tasks.
-    Q is never formed: q_i . q_p = a_i (b^T b) a_p^T. With prompts, column j of Q is z[:, h_j]: then
-    a = z and b = members say the same, exactly, and K is as small as H."""
+    a, b (T, N, K), members (T, N, H): 1 where a sample of task t belongs to h, or sqrt(n) where a
+    row stands for n; mean over tasks. Q is never formed: q_i . q_p = a_i (b^T b) a_p^T. With
+    prompts, column j of Q is z[:, h_j]: then a = z and b = members say the same, exactly."""
     if a.shape[1] > 512:  # the fused kernel: no N x N matrix
         tasks = zip(a, b, members.argmax(-1), strict=True)
         return sum(product_supcon_loss(*x, temperature, unit_rows=unit) for x in tasks) / len(a)
     metric = b.mT @ b
     if unit:  # Choice: rows of unit length, as products of raw ones grow with N
         a = a / (a @ metric * a).sum(-1, keepdim=True).clamp(min=1e-24).sqrt()
-    c = a @ metric / temperature
-    itself = torch.full((a.shape[1],), -1e30, device=a.device, dtype=a.dtype).diag()
-    log_sum = torch.baddbmm(itself, c, a.mT).logsumexp(-1)  # over all but i
+    c, times = a @ metric / temperature, members.square().sum(-1)  # (T, N, K), (T, N)
+    many, rest = (x.clamp(min=0).log().clamp(min=-1e30) for x in (times, times - 1))  # but for i
+    log_sum = torch.baddbmm((rest - many).diag_embed() + many[:, None], c, a.mT).logsumexp(-1)
     count = (members @ members.sum(1)[..., None])[..., 0] - 1  # |P(i)|
     positive = (c * (members @ (members.mT @ a) - a)).sum(-1)
-    losses = torch.where(count > 0, log_sum - positive / count.clamp(min=1), 0)
-    return (losses.sum(1) / (count > 0).sum(1).clamp(min=1)).mean()
+    losses = torch.where(count > 0, log_sum - positive / count.clamp(min=1), 0) * times
+    return (losses.sum(1) / (times * (count > 0)).sum(1).clamp(min=1)).mean()
 
 def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs=None, binary=None):
     """Eq. 3, the five-term objective: total and {term: value}.
@@ -437,6 +437,8 @@ def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs
     members = truth * own.to(z.dtype)  # (T, N, H), own (T, 1, H)
     a, b = (x.expand(len(own), -1, -1) for x in pairs) if pairs else (z * own, members)
     terms["rows"] = supcon_of_rows(a, b, members, temperature, unit)  # Choice: a term per task
+    if not pairs and z.shape[1] <= 512:  # only H columns differ
+        b = (members := members.sum(1).sqrt().diag_embed()).sign()  # (T, H, H)
     terms["columns"] = supcon_of_rows(b, a, members, temperature, unit)
     return sum(w * term for w, term in zip((1, *lambdas), terms.values(), strict=True)), terms
 
@@ -788,8 +790,7 @@ def tsne(x):
     i, j = torch.triu_indices(len(x), len(x), 1)
     p = (p + p.T)[i, j] / len(x)
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-    y = F.pad(u * s, (0, 1))[:, :2]  # it starts at two principal components
-    y = (y / y.std().clamp(min=1e-9)).requires_grad_()
+    y = F.pad(u * (s / s.amax().clamp(min=1e-9)), (0, 1))[:, :2].mul_(len(x) ** .5).requires_grad_()
     def divergence(_):
         near = -(y[i] - y[j]).square().sum(1).log1p()  # Student's t
         return F.kl_div(near.log_softmax(0), p, reduction="sum"), {}
