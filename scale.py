@@ -113,7 +113,7 @@ def parse(argv):
     for name, f in flags.items():
         value, fits = getattr(config, f.name), f.metadata["fits"]
         if value == [] or isinstance(fits, str) and not re.fullmatch(fits, value):
-            raise InputError(f"{name} {value} must match {fits}.")  # "--run=--" gives a list
+            raise InputError(f"{name} {value} must match {fits or 'a value'}.")  # of "--run=--"
         if isinstance(fits, tuple) and not fits[0] < value <= fits[1]:
             raise InputError(f"{name} {value} must be above {fits[0]:g}, at most {fits[1]:g}.")
     other = retrieve if config.retrieve or config.retrieve_image else compare
