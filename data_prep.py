@@ -54,9 +54,8 @@ def prepare_derm7p(raw, folder, **changes):
     """Prepare release_v0. # Choice: the official splits, the dermoscopic images; the class belongs
     to the expression, by its score in the seven-point checklist, not to the patient's diagnosis."""
     raw, samples = raw.resolve() / ("release_v0" if (raw / "release_v0").is_dir() else ""), []
-    root, meta = raw / "images", raw / "meta"
-    images = (path.relative_to(root).as_posix() for path in root.glob("*/*"))
-    found = {image.lower(): image for image in images}  # meta.csv's FCl/Fcl068.jpg lies in FCL/
+    root, meta = raw / "images", raw / "meta"  # meta.csv's FCl/Fcl068.jpg lies in FCL/
+    found = {(name := path.relative_to(root).as_posix()).lower(): name for path in root.glob("*/*")}
     for where, row in read_table(meta / "meta.csv"):
         with reading(where, UNPACK):
             names = [known[row[criterion]] for criterion, known in DERM7P.items()]

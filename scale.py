@@ -29,7 +29,6 @@ import contextlib
 import csv
 import functools
 import hashlib
-import html
 import io
 import itertools
 import json
@@ -41,6 +40,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -482,6 +482,7 @@ def train(objective, tensors, n, config, generator, log, optimizer=None, towers=
     size = config.batch_size or (8 if towers else n if n <= 1024 else 256)
     epochs, found = max(1, config.epochs // 10) if towers else config.epochs, {}
     def closure(batch):
+        """Loss of some samples, and its gradients; L-BFGS asks several times a step."""
         loss, terms = objective(batch)
         optimizer.zero_grad()
         loss.backward()
@@ -519,6 +520,7 @@ def fit_scale(data, rows, config, generator, log):
     if config.rows == "raw":
         print("warning: products of raw rows of Q grow with the batch (Eq. 2)", file=sys.stderr)
     def objective(batch):
+        """Eq. 3 of some samples."""
         count = data.views.shape[1]
         view = torch.randint(count, batch.shape, generator=generator) if count > 1 else 0
         images, y = look(data.views[rows[batch], view]), truth[batch]
@@ -551,10 +553,9 @@ def fit_linear(data, rows, config, generator, log):
         config = replace(config, epochs=1, batch_size=len(rows))
     weight = None if config.method == "linear" else positive_weight(truth)
     loss_of = nn.BCEWithLogitsLoss(pos_weight=weight)
-    def objective(batch):
-        loss = loss_of(probe(images[rows][batch]), truth[batch].to(images))
-        return loss + decay * probe.weight.square().sum(), {}
-    train(objective, probe.to(images).parameters(), len(rows), config, generator, log, optimizer)
+    train(lambda batch: (loss_of(probe(images[rows][batch]), truth[batch].to(images))
+                         + decay * probe.weight.square().sum(), {}),
+          probe.to(images).parameters(), len(rows), config, generator, log, optimizer)
     return lambda rows: probe(images[rows]), probe.state_dict()
 
 def fit_coop(data, rows, config, generator, log):
@@ -572,6 +573,7 @@ def fit_coop(data, rows, config, generator, log):
         prompts = torch.cat([words[:, :1], context.expand(len(words), -1, -1), words[:, 1:]], 1)
         return F.normalize(backbone.text_tower(backbone.tensors, prompts, lengths + room), dim=-1)
     def objective(batch):
+        """Cross-entropy of some samples, at the epoch's rate."""
         rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs) if log else .01
         optimizer.param_groups[0]["lr"] = config.lr * rate
         return data.entropy(data.images[rows[batch]], read(), truth[batch]), {}
@@ -791,11 +793,11 @@ def tsne(x):
     p = (p + p.T)[i, j] / len(x)
     u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     y = F.pad(u * (s / s.amax().clamp(min=1e-9)), (0, 1))[:, :2].mul_(len(x) ** .5).requires_grad_()
-    def divergence(_):
-        near = -(y[i] - y[j]).square().sum(1).log1p()  # Student's t
-        return F.kl_div(near.log_softmax(0), p, reduction="sum"), {}
-    train(divergence, [y], 1, Config(epochs=1), None, [], converge([y], max_iter=1000))
-    return divergence(None)[0].item(), y.detach()
+    def kl():
+        """KL divergence from p of the map's closeness, by Student's t."""
+        return F.kl_div((-(y[i] - y[j]).square().sum(1).log1p()).log_softmax(0), p, reduction="sum")
+    train(lambda _: (kl(), {}), [y], 1, Config(epochs=1), None, [], converge([y], max_iter=1000))
+    return kl().item(), y.detach()
 
 def draw_series(i, points, title):
     """Series i: a line through points (x, y, error), their marks; title shows on hover."""
@@ -808,8 +810,7 @@ def draw_series(i, points, title):
 
 def draw_mark(i, x, y, name):
     """A mark of series i, and its name beside it."""
-    name = html.escape(name)
-    return [draw_series(i, [(x, y, 0)], name), TEXT.format(x + 9, y + 5, name)]
+    return [draw_series(i, [(x, y, 0)], escape(name)), TEXT.format(x + 9, y + 5, escape(name))]
 
 def draw_texts(data, read):
     """SVG like Fig. 4: t-SNE of prompts and sentences, frozen and adapted, a colour a class."""
