@@ -19,9 +19,8 @@ class InputError(Exception):
 @contextmanager
 def reading(path, mend=None):
     """While a user's file is read, whatever goes wrong becomes an InputError that says what to do:
-    `mend`, or else the command that gets the checkpoint of weights/<name>/ again."""
-    name = Path(path).absolute().parent.name
-    get = "git checkout weights/demo" if name == "demo" else f"python data_prep.py weights {name}"
+    `mend`, or else the command that gets the checkpoint of weights/<name>/ again, if any does."""
+    get = TABLES["mend"].get(Path(path).absolute().parent.name, "a whole copy of the checkpoint")
     try:
         yield
     except InputError:
