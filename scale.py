@@ -47,11 +47,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from kernels.supcon import product_supcon_loss
+from kernels.supcon import all_reduce, product_supcon_loss
 from weights import HERE, InputError, reading
 from weights.clip import CLIP
 from weights.medclip import MedCLIP
@@ -332,10 +331,8 @@ def embed(keys, items, folder, load, encode, size=32):
     folder: one checkpoint's cache. What was interrupted goes on in the same batches, to the bit."""
     cache, items = {}, dict(zip(keys, items, strict=True))
     for path in sorted(folder.glob("*.safetensors")):
-        try:
+        with reading(path, "delete it, and run this again"):
             cache |= load_file(path)
-        except SafetensorError:  # damaged: computed again
-            path.unlink()
     batches = rotated([list(items)[i:i + size] for i in range(0, len(items), size)])
     todo = [batch for batch in batches if not cache.keys() >= set(batch)]
     with ThreadPoolExecutor(4) as pool:  # pairwise: the next is loaded while one is encoded
@@ -396,9 +393,9 @@ def positive_weight(truth):
 
 def cross_entropy(z, truth, level, scale, nothing=None):
     """Softmax cross-entropy within each task, mean over samples and tasks.
-    z (N, K) cosines of a level's columns, truth (N, K) one column a task, scale: exp(logit_scale).
-    With nothing (N, 1), cosines of "No finding.": sigmoid cross-entropy of the margins to it, truth
-    with any number of columns, positives weighted against the batch's negatives."""
+    z (N, K): cosines of a level's columns, truth (N, K): one a task, scale: exp(logit_scale).
+    With nothing (N, 1), cosines of "No finding.": sigmoid cross-entropy of the margins to it, any
+    columns shown, positives weighted against the batch's negatives."""
     if nothing is not None:
         return F.binary_cross_entropy_with_logits(
             scale * (z - nothing), truth.to(z.dtype), pos_weight=positive_weight(truth))
@@ -406,14 +403,17 @@ def cross_entropy(z, truth, level, scale, nothing=None):
     log_sum = logits[:, None].masked_fill(~level.own, -math.inf).logsumexp(-1)  # (N, T)
     return (log_sum.sum() - (logits * truth).sum()) / log_sum.numel()
 
-def supcon_of_rows(a, b, members, temperature, unit):
+def supcon_of_rows(a, b, members, temperature, unit, group=None):
     """L_SupCon(G, Q), Eq. 2: anchors are the rows of Q = a @ b.T; swap a and b for the columns.
     a, b (T, N, K), members (T, N, H): 1 where a sample of task t belongs to h, or sqrt(n) where a
     row stands for n; mean over tasks. Q is never formed: q_i . q_p = a_i (b^T b) a_p^T. With
     prompts, column j of Q is z[:, h_j]: then a = z and b = members say the same, exactly."""
-    if a.shape[1] > 512:  # the fused kernel: no N x N matrix
-        tasks = zip(a, b, members.argmax(-1), strict=True)
-        return sum(product_supcon_loss(*x, temperature, unit_rows=unit) for x in tasks) / len(a)
+    if a.shape[1] > 512:  # the fused kernel: no N x N matrix; a group's processes take their shares
+        share = a, b, members.argmax(-1)
+        if group:
+            share = [x.tensor_split(group.size(), 1)[group.rank()] for x in share]
+        return sum(product_supcon_loss(*x, temperature, unit_rows=unit, group=group)
+                   for x in zip(*share, strict=True)) / len(a)
     metric = b.mT @ b
     if unit:  # Choice: rows of unit length, as products of raw ones grow with N
         a = a / (a @ metric * a).sum(-1, keepdim=True).clamp(min=1e-24).sqrt()
@@ -425,10 +425,10 @@ def supcon_of_rows(a, b, members, temperature, unit):
     losses = torch.where(count > 0, log_sum - positive / count.clamp(min=1), 0) * times
     return (losses.sum(1) / (times * (count > 0)).sum(1).clamp(min=1)).mean()
 
-def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs=None, binary=None):
-    """Eq. 3, the five-term objective: total and {term: value}.
-    z (N, H) cosines, truth (N, H) bool with one combination a task, lambdas: the four weights,
-    pairs: (N, D) features of the images and of their own texts; None: templated prompts.
+def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs=None, binary=None,
+               group=None):
+    """Eq. 3: total and {term: value} of cosines z (N, H) and truth (N, H), one combination a task.
+    lambdas: the four weights. pairs: (N, D) features of images and of their texts; None: templates.
     binary, for --ce bce: cosines (N, 1) of "No finding." and all that the images show (N, H)."""
     own, (nothing, shown) = taxonomy.combination.own[:, None], binary or (None, truth)
     terms = {name: cross_entropy(at_level(z, x), at_level(shown, x), x, scale, nothing)
@@ -436,10 +436,10 @@ def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs
                              ("concept", taxonomy.concept), ("class", taxonomy.klass))}
     members = truth * own.to(z.dtype)  # (T, N, H), own (T, 1, H)
     a, b = (x.expand(len(own), -1, -1) for x in pairs) if pairs else (z * own, members)
-    terms["rows"] = supcon_of_rows(a, b, members, temperature, unit)  # Choice: a term per task
+    terms["rows"] = supcon_of_rows(a, b, members, temperature, unit, group)  # Choice: one a task
     if not pairs and z.shape[1] <= 512:  # only H columns differ
         b = (members := members.sum(1).sqrt().diag_embed()).sign()  # (T, H, H)
-    terms["columns"] = supcon_of_rows(b, a, members, temperature, unit)
+    terms["columns"] = supcon_of_rows(b, a, members, temperature, unit, group)
     return sum(w * term for w, term in zip((1, *lambdas), terms.values(), strict=True)), terms
 
 # ---- 7. Methods: fit(data, rows, config, generator, log) -> (margins_of(rows), state) ------------
@@ -455,6 +455,7 @@ class Embedded:
     logit_scale: float       # exp of the checkpoint's logit_scale, frozen (# Choice)
     origin: dict             # backbone, prompts, hashes of checkpoint, embeddings, code
     backbone: object = None  # () -> backbone, for the methods that look into the towers
+    group: object = None     # torch.distributed's, of the processes that train a run together
     images = property(lambda self: self.views[:, 0])  # (N, D)
 
     def pairs(self, rows):
@@ -466,10 +467,6 @@ class Embedded:
         if len(self.sentences) or not all(task["exclusive"] for task in self.taxonomy.tasks):
             raise InputError("tasks of several labels or texts train alone: add --criterion NAME.")
         return rows, truth
-
-    def entropy(self, images, texts, y):
-        """Cross-entropy over the combinations, of (n, D), (H + 1, D) and truth y (n, H)."""
-        return cross_entropy(images @ texts[:-1].T, y, self.taxonomy.combination, self.logit_scale)
 
     def margins(self, images, texts):
         """(n, H) of unit features (n, D) and (H + 1, D)."""
@@ -515,6 +512,8 @@ def fit_scale(data, rows, config, generator, log):
     look, read = (Adapter(dim, hidden, config.alpha, generator) for _ in range(2))
     tuned = nn.ModuleDict({"image": look, "text": read}).to(data.texts.device)
     rows, truth = data.pairs(rows)
+    for weight in tuned.parameters() if data.group else ():  # each process knows its share
+        weight.register_hook(lambda grad: all_reduce(grad, data.group) / data.group.size())
     usual = "1,1,0.1,0.1" if data.taxonomy.tasks[0]["exclusive"] else "1,1,1,1"  # Choice
     lambdas = [*map(float, (config.lambdas or usual).split(","))]
     if config.rows == "raw":
@@ -533,7 +532,7 @@ def fit_scale(data, rows, config, generator, log):
         if config.ce == "bce":
             binary = images @ read(data.texts[-1:]).T, data.sentence[rows[batch]] >= 0
         return scale_loss(images @ bank.T, y, data.taxonomy, data.logit_scale, config.temperature,
-                          lambdas, config.rows == "unit", pairs, binary)
+                          lambdas, config.rows == "unit", pairs, binary, data.group)
     train(objective, tuned.parameters(), len(rows), config, generator, log)
     log.append({f"alpha_{name}": a.alpha_logit.sigmoid().item() for name, a in tuned.items()})
     return lambda rows: data.margins(look(data.images[rows]), read(data.texts)), tuned.state_dict()
@@ -576,7 +575,8 @@ def fit_coop(data, rows, config, generator, log):
         """Cross-entropy of some samples, at the epoch's rate."""
         rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs) if log else .01
         optimizer.param_groups[0]["lr"] = config.lr * rate
-        return data.entropy(data.images[rows[batch]], read(), truth[batch]), {}
+        z = data.images[rows[batch]] @ read()[:-1].T
+        return cross_entropy(z, truth[batch], data.taxonomy.combination, data.logit_scale), {}
     train(objective, [context], len(rows), config, generator, log, optimizer)
     return lambda rows: data.margins(data.images[rows], read()), {"context": context}
 
@@ -604,8 +604,9 @@ def fit_lora(data, rows, config, generator, log):
     look, read = towers(data, backbone, lambda: {
         name: backbone.tensors[name] + up @ down for name, (up, down) in factors.items()})
     state = {f"{name}.{i}": x for name, pair in factors.items() for i, x in enumerate(pair)}
-    train(lambda batch: (data.entropy(look(rows[batch]), read(), truth[batch]), {}), state.values(),
-          len(rows), config, generator, log, towers=True)
+    train(lambda batch: (cross_entropy(look(rows[batch]) @ read()[:-1].T, truth[batch],
+                                       data.taxonomy.combination, data.logit_scale), {}),
+          state.values(), len(rows), config, generator, log, towers=True)
     return lambda rows: data.margins(look(rows), read()), state
 
 def fit_hica(data, rows, config, generator, log):
@@ -879,30 +880,20 @@ def draw_card(pixels, maps, reasons):
             pen.rectangle((ends[0], top + 22, ends[1], top + 34), OKABE_ITO[0])
     return card
 
-def draw_sheet(rows):
-    """PIL image of rows (rank, path, similarity, ...), six in a line."""
-    sheet = Image.new("RGB", (1020, math.ceil(len(rows) / 6) * 190), "#fff")
-    for n, (rank, path, similarity, *_) in enumerate(rows):
-        x, y = n % 6 * 170, n // 6 * 190
-        sheet.paste(ImageOps.contain(open_image(path).convert("RGB"), (165, 165)), (x, y))
-        ImageDraw.Draw(sheet).text((x, y + 168), f"{rank}. {similarity}", "#222", font_size=14)
-    return sheet
-
 # ---- 11. Commands: predictions with reasons, by a finished run; comparisons, by all methods ------
 def explain(cosines, taxonomy, logit_scale):
     """{task: its class probabilities, two deciding combinations} of cosines (H + 1,)."""
     z, margins, told = cosines[:-1], logit_scale * (cosines[:-1] - cosines[-1]), {}
-    combinations, classes = taxonomy.combination, taxonomy.klass
-    for task, own, klass in zip(taxonomy.tasks, combinations.own, classes.own, strict=True):
+    said = {"similarity": z, "two_prompt_probability": margins.sigmoid()}
+    level, classes = taxonomy.combination, taxonomy.klass
+    for task, own, klass in zip(taxonomy.tasks, level.own, classes.own, strict=True):
         shares = at_level(margins[None], classes)[0, klass]
         shares = (shares.softmax(0) if task["exclusive"] else shares.sigmoid()).tolist()
         names = itertools.compress(classes.names, klass)
         told[task["name"]] = {
             "classes": {name: round(p, 4) for name, p in zip(names, shares, strict=True)},
-            "decided_by": {combinations.names[h]: {
-                "similarity": round(z[h].item(), 4),
-                "two_prompt_probability": round(margins[h].sigmoid().item(), 4)}
-                for h in z.where(own, -math.inf).topk(min(2, own.sum())).indices}}
+            "decided_by": {level.names[h]: {k: round(x[h].item(), 4) for k, x in said.items()}
+                           for h in z.where(own, -math.inf).topk(min(2, own.sum())).indices}}
     return told
 
 def embed_adapted(config, paths, texts=()):
@@ -944,8 +935,7 @@ def predict(config):
     write_files(Path(config.out), files | {"predictions.json": json.dumps(results, indent=1)})
 
 def retrieve(config):
-    """Rank a prepared folder's images by adapted similarity to a text, an image or the mean of
-    both: <out>/retrieved.csv, and the first 24 on a contact sheet, <out>/retrieved.png."""
+    """Rank images by similarity to a text, an image or both: 24 of <out>/retrieved.csv in .png."""
     samples, texts = read_samples(find_folder(config)), [config.retrieve] * bool(config.retrieve)
     paths = samples.images + [config.retrieve_image] * bool(config.retrieve_image)
     _, _, images, words, _ = embed_adapted(config, paths, texts)
@@ -954,7 +944,12 @@ def retrieve(config):
     ranked = enumerate(zip(similarity.tolist(), order.tolist(), strict=True), 1)
     rows = [[rank, samples.images[n], f"{x:.4f}", samples.name(n)[1]] for rank, (x, n) in ranked]
     print(*(f"{rank}. {path} {x}: {labels}" for rank, path, x, labels in rows[:5]), sep="\n")
-    write_files(Path(config.out), {"retrieved.png": draw_sheet(rows[:24]), "retrieved.csv": [
+    sheet = Image.new("RGB", (1020, math.ceil(len(rows[:24]) / 6) * 190), "#fff")
+    for n, (rank, path, x, _) in enumerate(rows[:24]):
+        at = n % 6 * 170, n // 6 * 190
+        sheet.paste(ImageOps.contain(open_image(path).convert("RGB"), (165, 165)), at)
+        ImageDraw.Draw(sheet).text((at[0], at[1] + 168), f"{rank}. {x}", "#222", font_size=14)
+    write_files(Path(config.out), {"retrieved.png": sheet, "retrieved.csv": [
         ["rank", "image", "similarity", "labels"], *rows]})
 
 def embed_dataset(config):
@@ -987,7 +982,16 @@ def start_worker():
     torch.multiprocessing._prctl_pr_set_pdeathsig(9)
 
 def run_all(jobs, given):
-    """[(job, metrics)] of configurations, each with its Embedded, by a process a core."""
+    """[(job, metrics)] of configurations, each with its Embedded, by a process a core. Those of
+    torchrun train each run with a large SupCon together, and divide the others."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        torch.distributed.init_process_group()
+        large = [(job, data) for job, data in zip(jobs, given, strict=True) if job.method == "scale"
+                 and 512 < (job.batch_size or job.frac * sum(data.samples.split == "train"))
+                 <= (job.batch_size or 1024)]
+        for job, data in progress(large, len(large), "run by all"):
+            run_once(job, replace(data, group=torch.distributed.group.WORLD))
+        torch.distributed.destroy_process_group()
     mine, given = rotated(jobs[::-1]), rotated(given[::-1])  # those of many images first
     with ProcessPoolExecutor(min(32, os.cpu_count()), None, start_worker) as pool:
         results = (pool.map if given[0].images.is_cpu else map)(run_once, mine, given)
@@ -995,11 +999,9 @@ def run_all(jobs, given):
     return [(job, done[job]) for job in jobs]
 
 def compare(config):
-    """All methods on all splits of one fraction, or of all; prints the tables. With --grid, scale
-    alone with all weights of Eq. 3 out of 0, .1, 1; prints the best on the validation split."""
-    clip, found = "clip-zeroshot", any((HERE / "clip").glob("*.safetensors"))
-    names = [*dict.fromkeys(config.method.split(","))] if config.method != "all" else [
-        name for name in METHODS if found or name != clip]  # it needs another checkpoint
+    """All methods, splits and fractions: prints their tables; or the best weights for --grid."""
+    every = [*METHODS][not any((HERE / "clip").glob("*.safetensors")):]  # the first needs it
+    names = every if config.method == "all" else [*dict.fromkeys(config.method.split(","))]
     for name in set(names) - METHODS.keys():
         raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
     data, weights = embed_dataset(config), [config.lambdas]
@@ -1007,12 +1009,12 @@ def compare(config):
         if not (data.samples.split == "valid").any():
             raise InputError(f"--grid: {config.dataset} has no images of split valid.")
         names, weights = ["scale"], [*map(",".join, itertools.product(["1", ".1", "0"], repeat=4))]
-    other = embed_dataset(replace(config, backbone="clip")) if clip in names else data
+    other = embed_dataset(replace(config, backbone="clip")) if "clip-zeroshot" in names else data
     fractions = (.05, .1, .25, .5, 1.) if config.sweep else (config.frac,)
     jobs = [replace(config, method=name, frac=frac, lambdas=lambdas, seed=config.seed + split)
             for frac in fractions for name in names for lambdas in weights
             for split in range(config.splits or (1 if frac == 1 else 5))]
-    runs = run_all(jobs, [other if job.method == clip else data for job in jobs])
+    runs = run_all(jobs, [other if "clip" in job.method else data for job in jobs])
     if config.grid:
         f1 = {w: np.mean([m["class_concept"]["f1"] for c, m in runs if c.lambdas == w])
               for w in weights}

@@ -68,21 +68,20 @@ if triton is not None:
             logits = tl.dot(a, b, logits, input_precision="tf32x3")
         shown = row_in & col_in & ((rows != cols) | (itself == 0))
         logits *= tl.load(scale_ptr)
+        a_label, b_label = tl.load(a_label_ptr + rows, row_in), tl.load(b_label_ptr + cols, col_in)
         if WEIGHTS:
             row, col = row_ptr + rows, col_ptr + cols
             weights = tl.exp(logits - tl.load(row, row_in)) * tl.load(row + n_rows, row_in)
             weights += tl.exp(logits - tl.load(col, col_in)) * tl.load(col + n_cols, col_in)
             share = tl.load(row + 2 * n_rows, row_in) + tl.load(col + 2 * n_cols, col_in)
-            same = tl.load(a_label_ptr + rows, row_in) == tl.load(b_label_ptr + cols, col_in)
-            weights = tl.where(shown, weights + tl.where(same, share, 0.0), 0.0)
+            weights = tl.where(shown, weights + tl.where(a_label == b_label, share, 0.0), 0.0)
             tl.store(weight_ptr + rows * n_cols + cols, weights, row_in & col_in)
         else:
             logits = tl.where(shown, logits, -1e30)
             for axis in tl.static_range(1, -1, -1):  # this order does not spill
                 n, i = n_rows if axis else n_cols, rows if axis else cols
                 out = (row_ptr + c * 3 * n if axis else col_ptr + r * 3 * n) + i
-                same = tl.load(a_label_ptr + rows, row_in) == tl.load(b_label_ptr + cols, col_in)
-                same = same & (logits > -1e30)
+                same = (a_label == b_label) & (logits > -1e30)
                 tl.store(out + n, tl.sum(tl.where(same, logits, 0.0), axis, keep_dims=True), i < n)
                 top = tl.max(logits, axis, keep_dims=True)
                 tl.store(out + 2 * n, tl.sum(same.to(tl.float32), axis, keep_dims=True), i < n)
@@ -115,22 +114,22 @@ def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: in
         grad_scale, grad_metric = torch.zeros_like(scale), torch.zeros_like(metric)
         step = 4096 if x.is_cuda else 512 if keep and rows > 2048 else 256  # fits the device, cache
         project = metric.__rmatmul__ if metric.numel() else torch.Tensor.detach
-        parts = [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+        own, xs = ([slice(i, min(i + step, n)) for i in range(0, n, step)] for n in (rows, len(x)))
         kept = scale.new_empty(keep, 512, 1024) if kept is None else kept  # logits of first tiles
         room, (spare, *work) = iter(kept), scale.new_empty(4, step * (not use_triton), 2 * step)
         if given is not None:
             out, peak = x.new_zeros(x.shape, dtype=wide), given[1:3].abs().amax().clamp(min=1e-30)
             given = torch.cat([given[:1], given[1:3] / peak, given[3:]])  # float16 can hold it
-        for r in parts if unit and given is None else ():
+        for r in xs if unit and given is None else ():
             out[3, r] = torch.einsum("nd,nd->n", project(x[r]), x[r]).clamp(min=1e-24).sqrt()
         norm = (out if given is None else given)[3:].T.to(x.dtype)
+        unit_of = (lambda r: x[r] / norm[r]) if unit else x.__getitem__
         sums = {} if x.dtype == wide else {"out_dtype": wide}
-        for r in parts:
-            own = x[r] / norm[r] if unit else x[r]
-            left = project(own)
+        for r in own:
+            left = project(right := unit_of(r))
             starts = range(r.stop if alone else rows, len(x), 2 * step)
             for c in [r] * alone + [slice(j, j + 2 * step) for j in starts]:
-                y, z = x[c] / norm[c] if unit else x[c], next(room, spare)
+                y, z = unit_of(c), next(room, spare)
                 block = left, y, labels[r], labels[c], scale, r == c, (z, *work), z is spare
                 if given is None:
                     for s, found in zip((r, c), tile(*block), strict=False):
@@ -138,16 +137,16 @@ def all_pairs(x: Tensor, labels: Tensor, scale: Tensor, metric: Tensor, rows: in
                         out[:3, s] = torch.stack([found[:, 0].logsumexp(0), *found[:, 1:].sum(0)])
                     continue
                 weights = tile(*block, given[:, r], given[:, c])
-                for s, w, z in ((r, weights, y), (c, weights.T, own))[: 1 + (r != c)]:
+                for s, w, z in ((r, weights, y), (c, weights.T, right))[: 1 + (r != c)]:
                     torch.addmm(out[s], w, z, out=out[s], **sums)
-            if given is not None:  # out[r] is complete
-                grad_scale += (share := (out[r] * left).sum(1, keepdim=True)).sum()
-                out[r].addcmul_(own, share, value=-int(unit)).div_(norm[r])
-                grad_metric += x[r].T @ out[r] if metric.numel() else 0
-                out[r] = project(out[r])
         if given is None:
             return out, grad_scale, kept
-        grad_scale += torch.einsum("nd,nd->", out[rows:], x[rows:].to(wide))  # 2 rows know a pair
+        for r in xs:
+            left = project(right := unit_of(r))
+            grad_scale += (share := (out[r] * left).sum(1, keepdim=True)).sum()  # a pair: twice
+            out[r].addcmul_(right, share, value=-int(unit)).div_(norm[r])
+            grad_metric += x[r].T @ out[r] if metric.numel() else 0
+            out[r] = project(out[r])
         return out.mul_(peak * scale).to(dtype), grad_scale * peak / 2, grad_metric * peak * scale
 
 def _save(ctx, inputs, output):
@@ -167,21 +166,24 @@ all_pairs.register_fake(lambda x, labels, scale, metric, *rest: (
 all_pairs.register_autograd(_backward, setup_context=_save)
 
 # ---- 4. The losses -------------------------------------------------------------------------------
+def all_reduce(x, group):
+    """The sum over all processes of x, and of its gradients; without a group x itself."""
+    if group:
+        x = x.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(x.detach(), group=group)
+        if x.requires_grad:
+            x.register_hook(lambda grad: all_reduce(grad, group))
+    return x
+
 def _gather(local, group):
     """The rows of all processes, one's own first; gradients return to their owners, summed."""
-    at, rows = group.rank() * len(local), torch.cat([local.detach()] * group.size())
-    torch.distributed.all_gather_into_tensor(rows, local.detach().contiguous(), group=group)
-    rows = torch.cat([local, rows.roll(-at, 0)[len(local) :]])
-    def _share(grad):
-        own = torch.empty_like(local)  # the sum of what all processes found for them
-        torch.distributed.reduce_scatter_tensor(own, grad.roll(at, 0), group=group)
-        return torch.cat([own, grad[len(local) :]])
-    if rows.requires_grad:
-        rows.register_hook(_share)
-    return rows
+    sizes = torch.arange(group.size(), device=local.device).eq(group.rank()) * len(local)
+    before, _, after = all_reduce(sizes, group).tensor_split((group.rank(), group.rank() + 1))
+    around = (0, 0) * (local.ndim - 1) + (int(before.sum()), int(after.sum()))
+    return all_reduce(torch.nn.functional.pad(local, around), group).roll(-around[-2], 0)
 
 def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contrast_labels=None,
-                both=False, reduction="mean", impl="auto", group=None, _metric=None, _unit=False):
+                both=False, reduction="mean", impl="auto", group=None, _product=None):
     """Supervised contrastive loss in time N^2 D, memory N D. Float32 at least. Raises ValueError.
     features (N, D): floating, any strides, normalised by the caller. labels (N,): integers; a
         row's positives are the others of its label. None with `contrast`: row i of both (CLIP).
@@ -190,13 +192,13 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     both: the rows of `contrast` are anchors too (CLIP's two directions), in the same pass.
     reduction: "mean" over the anchors with a positive (the others give 0, no gradient), "sum" or
         "none": (N,), with `both` (N + M,). impl: "torch", "triton" (on a GPU) or "auto", the best.
-    group: torch.distributed's; N rows a process meet those of all; the mean over it is the loss."""
+    group: torch.distributed's; the loss is that of all rows, gradients are to be averaged (DDP)."""
     x, y, alone, n = features, contrast, contrast is None, len(features)
     labels, y_labels = (t if t is None or t.is_floating_point() else t.long()
                         for t in (labels, contrast_labels))
     y, y_labels = (x, labels) if alone and y_labels is None else (y, y_labels)
     if labels is None and y_labels is None and not alone:
-        labels = y_labels = torch.arange(n, device=x.device) + (group.rank() * n if group else 0)
+        labels = y_labels = torch.arange(n, device=x.device) + (group.rank() << 32 if group else 0)
     given = [t if t is None else (*t.shape, t.dtype, t.device) for t in (x, labels, y, y_labels)]
     kinds = (x.shape[-1], x.dtype, x.device), (torch.int64, x.device)
     able = triton is not None and x.is_cuda and x.dtype != torch.float64
@@ -208,32 +210,30 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
         given += [temperature, both, group, reduction, impl]
         raise ValueError(f"expected what supcon_loss.__doc__ states, not {given}")
     wide = torch.promote_types(x.dtype, torch.float32)
-    plain = (impl, reduction, alone, x.is_cpu, group) == ("auto", "mean", True, True, None)
-    if plain and n <= 512 and _metric is None and not _unit:
+    plain = alone, x.is_cpu, _product, group, impl, reduction
+    if n <= 512 and plain == (True, True, None, None, "auto", "mean"):
         with torch.autocast("cpu", enabled=False):  # the operator's call would take longer
             return supcon_reference(x.to(wide), labels, temperature)
-    if group:
-        y, y_labels = _gather(y, group), _gather(y_labels, group)
+    y, y_labels = (_gather(t, group) if group else t for t in (y, y_labels))
     y, labels = y[n * alone :], torch.cat([labels, y_labels[n * alone :]])
     scale = 1 / torch.as_tensor(temperature, dtype=wide, device=x.device).reshape(())
-    metric = x.new_empty(0) if _metric is None else _metric
+    metric, unit = _product or (x.new_empty(0), False)
     x = torch.cat([x, y]) if len(y) else x.contiguous()
-    keep = 36 * (x.is_cpu and _metric is None and torch.is_grad_enabled())  # tiles of 2 MiB
-    found = all_pairs(x, labels, scale, metric, n, alone, _unit, able and impl != "torch", keep)[0]
+    keep = 36 * (x.is_cpu and metric.numel() == 0 and torch.is_grad_enabled())  # tiles of 2 MiB
+    found = all_pairs(x, labels, scale, metric, n, alone, unit, able and impl != "torch", keep)[0]
     lse, total, count, _ = found if both else found[:, :n]
     losses = torch.where(count > 0, lse - total / count.clamp(min=1), 0)
-    total, anchors = losses.sum() * (group.size() if group else 1), (count > 0).sum()
-    if group:
-        torch.distributed.all_reduce(anchors, group=group)
+    total, anchors = (all_reduce(t.sum(), group) for t in (losses, count > 0))
     return {"none": losses, "sum": total, "mean": total / anchors.clamp(min=1)}[reduction]
 
-def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto"):
-    """Mean SupCon loss of the rows of Q = a @ b.T, in time N^2 min(D, M): Q Q^T = a (b^T b) a^T.
-    a (N, D), b (M, D), labels (N,); swap a and b for Q's columns. unit_rows: rows of length 1."""
+def product_supcon_loss(a, b, labels, temperature=0.07, *, unit_rows=True, impl="auto", group=None):
+    """Mean SupCon loss of the rows of Q = a @ b.T, normalised if unit_rows; columns: swap a and b.
+    a (N, D), b (M, D), labels (N,), or a group's shares; Q Q^T = a (b^T b) a^T: time N^2 D."""
     with torch.autocast(a.device.type, enabled=False):
         a, b = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (a, b))
-        a, metric = (a @ b.T, None) if len(b) <= b.shape[1] else (a, b.T @ b.detach())  # doubled
-        return supcon_loss(a, labels, temperature, impl=impl, _metric=metric, _unit=unit_rows)
+        narrow = len(b) <= b.shape[1] and group is None  # else a metric; its gradient is doubled
+        a, q = (a @ b.T, a.new_empty(0)) if narrow else (a, all_reduce(b.T @ b.detach(), group))
+        return supcon_loss(a, labels, temperature, impl=impl, group=group, _product=(q, unit_rows))
 
 # ---- 5. Benchmark: python supcon.py 512 4096 (these N); each line from a process of its own ------
 LOSSES = {  # of x, y (N, D), labels g: SupCon of x, then SCALE's two terms of Q = x @ y.T
@@ -242,8 +242,7 @@ LOSSES = {  # of x, y (N, D), labels g: SupCon of x, then SCALE's two terms of Q
     "pytorch-metric-learning": lambda x, y, g: __import__(
         "pytorch_metric_learning.losses").losses.SupConLoss(temperature=0.07)(x, g),
     "supcon_loss": lambda x, y, g: supcon_loss(x, g),
-    "floor: two products": lambda x, y, g: x.sum() + sum(
-        (rows @ x.detach().T @ x.detach())[0, 0] for rows in x.detach().split(512)),
+    "floor: two products": lambda x, y, g: sum((r @ y.detach().T).sum() for r in x.split(512)),
     "Q, Q Q^T, Q^T Q": lambda x, y, g: sum(
         supcon_reference(torch.nn.functional.normalize(q), g) for q in (x @ y.T, y @ x.T)),
     "SCALE's terms": lambda x, y, g: sum(product_supcon_loss(*q, g) for q in ((x, y), (y, x)))}
