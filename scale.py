@@ -350,7 +350,7 @@ def embed(keys, items, folder, load, encode, size=32):
 def embed_both(pictures, texts, name, config):
     """Unit features of pictures and texts by backbone `name`, it, and its checkpoint's sha256."""
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    device = config.device.replace("auto", own)
+    device = own if config.device in ("auto", own[:4]) else config.device
     with reading(f"--device {device}", "try --device cpu"):
         backbone = load_backbone(name, device, getattr(torch, config.dtype))
     checkpoint = digest_file(backbone.path)
@@ -408,10 +408,9 @@ def supcon_of_rows(a, b, members, temperature, unit, group=None):
     a, b (T, N, K), members (T, N, H): 1 where a sample of task t belongs to h, or sqrt(n) where a
     row stands for n; mean over tasks. Q is never formed: q_i . q_p = a_i (b^T b) a_p^T. With
     prompts, column j of Q is z[:, h_j]: then a = z and b = members say the same, exactly."""
-    if a.shape[1] > 512:  # the fused kernel: no N x N matrix; a group's processes take their shares
-        share = a, b, members.argmax(-1)
-        if group:
-            share = [x.tensor_split(group.size(), 1)[group.rank()] for x in share]
+    if a.shape[1] > 512:  # the fused kernel: no N x N matrix; each process of a group has a share
+        share = [x.tensor_split(group.size(), 1)[group.rank()] if group else x
+                 for x in (a, b, members.argmax(-1))]
         return sum(product_supcon_loss(*x, temperature, unit_rows=unit, group=group)
                    for x in zip(*share, strict=True)) / len(a)
     metric = b.mT @ b
@@ -425,8 +424,7 @@ def supcon_of_rows(a, b, members, temperature, unit, group=None):
     losses = torch.where(count > 0, log_sum - positive / count.clamp(min=1), 0) * times
     return (losses.sum(1) / (times * (count > 0)).sum(1).clamp(min=1)).mean()
 
-def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs=None, binary=None,
-               group=None):
+def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit, pairs, binary, group=None):
     """Eq. 3: total and {term: value} of cosines z (N, H) and truth (N, H), one combination a task.
     lambdas: the four weights. pairs: (N, D) features of images and of their texts; None: templates.
     binary, for --ce bce: cosines (N, 1) of "No finding." and all that the images show (N, H)."""
@@ -436,7 +434,7 @@ def scale_loss(z, truth, taxonomy, scale, temperature, lambdas, unit=True, pairs
                              ("concept", taxonomy.concept), ("class", taxonomy.klass))}
     members = truth * own.to(z.dtype)  # (T, N, H), own (T, 1, H)
     a, b = (x.expand(len(own), -1, -1) for x in pairs) if pairs else (z * own, members)
-    terms["rows"] = supcon_of_rows(a, b, members, temperature, unit, group)  # Choice: one a task
+    terms["rows"] = supcon_of_rows(a, b, members, temperature, unit, group)  # Choice: a term a task
     if not pairs and z.shape[1] <= 512:  # only H columns differ
         b = (members := members.sum(1).sqrt().diag_embed()).sign()  # (T, H, H)
     terms["columns"] = supcon_of_rows(b, a, members, temperature, unit, group)
@@ -710,12 +708,12 @@ def run_once(config, data):
     samples, generator = data.samples, torch.Generator().manual_seed(config.seed)
     train, test = (np.flatnonzero(samples.split == part)
                    for part in ("train", "valid" if config.grid else "test"))
-    truth = samples.sentence >= 0
-    classes = at_level(truth, samples.taxonomy.klass)
+    classes = at_level(truth := samples.sentence >= 0, samples.taxonomy.klass)
     rows = train[stratified_subset(torch.cat([truth, classes], 1)[train], config.frac, generator)]
     folder, seen = run_folder(config, data.origin), {"train_rows": rows.tolist()}
     settings = json.dumps(config.named | data.origin | seen, indent=1)
-    if not ((stored := folder / "config.json").is_file() and stored.read_text() == settings):
+    new = not ((stored := folder / "config.json").is_file() and stored.read_text() == settings)
+    if all_reduce(data.texts.new_tensor(new), data.group):  # trained by all if one of them has to
         for missing in itertools.compress(samples.taxonomy.klass.names, ~classes[rows].any(0)):
             raise InputError(f"class {missing!r} has none of the {len(rows)} training images of "
                              f"seed {config.seed}: raise --frac.")
@@ -733,11 +731,13 @@ def run_once(config, data):
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         scores = [[*samples.name(n), *map("{:.6g}".format, values)]
                   for n, values in zip(test, margins.tolist(), strict=True)]
-        replace_file(folder, functools.partial(write_files, files={
-            "config.json": settings, "adapter.safetensors": save(state, {"config": settings}),
-            "scores.csv": [["image", "labels", *samples.taxonomy.combination.names], *scores],
-            "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
-            "metrics.json": json.dumps(metrics, indent=1).replace("NaN", "null") + "\n"}))
+        if not (data.group and data.group.rank()):  # the others wait for what the first writes
+            replace_file(folder, functools.partial(write_files, files={
+                "config.json": settings, "adapter.safetensors": save(state, {"config": settings}),
+                "scores.csv": [["image", "labels", *samples.taxonomy.combination.names], *scores],
+                "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
+                "metrics.json": json.dumps(metrics, indent=1).replace("NaN", "null") + "\n"}))
+        all_reduce(data.texts.sum(), data.group).item()
     return json.loads((folder / "metrics.json").read_text())
 
 # ---- 10. Tables and figure (Table 1, Fig. 2 and 3), as plain SVG ---------------------------------
@@ -935,7 +935,7 @@ def predict(config):
     write_files(Path(config.out), files | {"predictions.json": json.dumps(results, indent=1)})
 
 def retrieve(config):
-    """Rank images by similarity to a text, an image or both: 24 of <out>/retrieved.csv in .png."""
+    """Rank images by similarity to a text, an image or both: <out>/retrieved.csv; a sheet, .png."""
     samples, texts = read_samples(find_folder(config)), [config.retrieve] * bool(config.retrieve)
     paths = samples.images + [config.retrieve_image] * bool(config.retrieve_image)
     _, _, images, words, _ = embed_adapted(config, paths, texts)
@@ -983,23 +983,24 @@ def start_worker():
 
 def run_all(jobs, given):
     """[(job, metrics)] of configurations, each with its Embedded, by a process a core. Those of
-    torchrun train each run with a large SupCon together, and divide the others."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        torch.distributed.init_process_group()
-        large = [(job, data) for job, data in zip(jobs, given, strict=True) if job.method == "scale"
-                 and 512 < (job.batch_size or job.frac * sum(data.samples.split == "train"))
-                 <= (job.batch_size or 1024)]
-        for job, data in progress(large, len(large), "run by all"):
-            run_once(job, replace(data, group=torch.distributed.group.WORLD))
-        torch.distributed.destroy_process_group()
-    mine, given = rotated(jobs[::-1]), rotated(given[::-1])  # those of many images first
+    torchrun divide them; runs with large batches, if fewer than they, they train together."""
+    data = dict(zip(jobs, given, strict=True))
+    large = [job for job in jobs for n in [job.frac * sum(data[job].samples.split == "train")]
+             if job.method == "scale" and 512 < min(n, job.batch_size or (n if n <= 1024 else 256))]
+    large *= len(large) < int(os.environ.get("WORLD_SIZE", 1))
+    mine = rotated([job for job in jobs if job not in large][::-1])  # of many images first
     with ProcessPoolExecutor(min(32, os.cpu_count()), None, start_worker) as pool:
-        results = (pool.map if given[0].images.is_cpu else map)(run_once, mine, given)
-        done = dict(zip(mine, progress(results, len(jobs), "run"), strict=True))
+        results = (pool.map if given[0].images.is_cpu else map)(run_once, mine, map(data.get, mine))
+        done = dict(zip(mine, progress(results, len(mine), "run"), strict=True))
+    if large:
+        reading("WORLD_SIZE", "use torchrun")(torch.distributed.init_process_group)()
+        for job in progress(large, len(large), "run by all"):
+            done[job] = run_once(job, replace(data[job], group=torch.distributed.group.WORLD))
+        torch.distributed.destroy_process_group()
     return [(job, done[job]) for job in jobs]
 
 def compare(config):
-    """All methods, splits and fractions: prints their tables; or the best weights for --grid."""
+    """The methods on all splits of one fraction or all, as tables; with --grid the best lambdas."""
     every = [*METHODS][not any((HERE / "clip").glob("*.safetensors")):]  # the first needs it
     names = every if config.method == "all" else [*dict.fromkeys(config.method.split(","))]
     for name in set(names) - METHODS.keys():

@@ -192,7 +192,7 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     both: the rows of `contrast` are anchors too (CLIP's two directions), in the same pass.
     reduction: "mean" over the anchors with a positive (the others give 0, no gradient), "sum" or
         "none": (N,), with `both` (N + M,). impl: "torch", "triton" (on a GPU) or "auto", the best.
-    group: torch.distributed's; the loss is that of all rows, gradients are to be averaged (DDP)."""
+    group: torch.distributed's; mean and sum are over the rows of all, gradients to be averaged."""
     x, y, alone, n = features, contrast, contrast is None, len(features)
     labels, y_labels = (t if t is None or t.is_floating_point() else t.long()
                         for t in (labels, contrast_labels))
@@ -204,9 +204,9 @@ def supcon_loss(features, labels=None, temperature=0.07, *, contrast=None, contr
     able = triton is not None and x.is_cuda and x.dtype != torch.float64
     unseen = torch.compiler.is_compiling() or getattr(temperature, "is_cuda", False)
     if not (given == [(k, *kind) for k in (n, 0 if y is None else len(y)) for kind in kinds]
-            and x.numel() * len(y) and x.is_floating_point() and (unseen or temperature > 0)
+            and (x.numel() * len(y) or group) and x.is_floating_point()
             and not (both and (alone or group)) and reduction in ("mean", "sum", "none")
-            and impl in ("auto", "torch", "triton")[: 2 + able]):
+            and (unseen or temperature > 0) and impl in ("auto", "torch", "triton")[: 2 + able]):
         given += [temperature, both, group, reduction, impl]
         raise ValueError(f"expected what supcon_loss.__doc__ states, not {given}")
     wide = torch.promote_types(x.dtype, torch.float32)

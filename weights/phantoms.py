@@ -16,8 +16,7 @@ from scale import progress, replace_file, write_files
 from .clip import CLIP
 
 GRID = np.arange(96) + 1j * np.arange(96)[:, None]  # a lesion's pixels as complex numbers: x + iy
-TABLES = RELEASES["phantoms"]
-COLOURS = {name: np.array(rgb) for name, rgb in TABLES["colours"].items()}
+TABLES, COLOURS = RELEASES["phantoms"], RELEASES["phantoms"]["colours"]
 
 def draw_marks(rgb, rng, centre, radius, row):
     """Draw a row of marks (radians, pixels), dots or lines that end in one, over rgb (H, W, 3)."""
@@ -41,7 +40,7 @@ def draw_phantom(names, rng):
     field, dx, dy = (np.asarray(Image.fromarray(coarse).resize(GRID.shape, 3)) for coarse in
                      rng.standard_normal((3, 6, 6)).astype(np.float32))  # smooth noise
     inside = radius * (1 + .1 * field) - abs(GRID - centre)  # pixels to the outline
-    rgb = COLOURS["skin"] * rng.uniform(.85, 1.08)
+    rgb = np.array(COLOURS["skin"]) * rng.uniform(.85, 1.08)
     # The network is a honeycomb of three waves; an atypical one is warped, uneven and broken.
     odd, pitch = "atypical pigment network" in names, rng.uniform(.75, 1)
     warped = pitch * np.exp(1j * rng.uniform(0, np.pi)) * (GRID + (2.4 * odd + .2) * (dx + 1j * dy))
