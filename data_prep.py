@@ -188,7 +188,7 @@ def fetch_weights(name, given=None):
         if file in offers or not target.exists():
             source = offers.get(file) or download(url, target.parent / ".download" / Path(url).name)
             with reading(source, f"get the whole file from {url} and add --from FILE"):
-                digest = scale.digest_file(source)
+                digest = scale.digest_file(source, "name a file or folder that is there")
                 if file not in offers and digest != (published or digest):
                     raise ValueError(f"its sha256 is {digest} instead of {published}")
                 scale.replace_file(target, partial(convert, source))
@@ -209,7 +209,7 @@ def main(argv=None):
     add("--from", dest="given", type=Path, help="weights on disk: a file or a folder")
     args = parser.parse_args(argv)
     raw, out = args.raw, (args.data / args.release).resolve()
-    rng = torch.Generator().manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(args.seed % 2**63)
     jobs = {"weights": (fetch_weights, str(raw), args.given), "derm7p": (prepare_derm7p, raw, out),
             "padchest-gr": (prepare_padchest, raw, out, rng, args.language, args.official_split)}
     job = jobs.get(args.release, (prepare_folders, args.release, raw, out, rng))

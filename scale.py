@@ -38,7 +38,7 @@ import re
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
@@ -105,14 +105,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="scale.py", description=__doc__.split("\n\n")[0])
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config)}
     for name, f in flags.items():
-        kind = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}, float: {
-            "type": float, "nargs": "?", "const": 1.0}}.get(f.type, {"type": f.type})
+        kind = {bool: {"action": "store_true"}, tuple: {"nargs": "+"}}.get(f.type, {"type": f.type})
+        kind |= {"nargs": "?", "const": 1.0} if name == "--shuffle-labels" else {}
         parser.add_argument(name, default=f.default, help=f.metadata["help"], **kind)
     config = Config(**vars(parser.parse_args(argv)))
     for name, f in flags.items():
         value, fits = getattr(config, f.name), f.metadata["fits"]
         if value == [] or isinstance(fits, str) and not re.fullmatch(fits, value):
-            raise InputError(f"{name} {value} must match {fits or 'a value'}.")  # of "--run=--"
+            raise InputError(f"{name} {value} does not fit, see --help.")  # [] of "--run=--"
         if isinstance(fits, tuple) and not fits[0] < value <= fits[1]:
             raise InputError(f"{name} {value} must be above {fits[0]:g}, at most {fits[1]:g}.")
     other = retrieve if config.retrieve or config.retrieve_image else compare
@@ -272,13 +272,12 @@ def rotated(items):
 
 def replace_file(path, write):
     """Call write(temporary path), then rename: a file or folder under its final name is whole."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.environ.get('RANK', 0)}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(unfinished, ignore_errors=True)
     write(unfinished)
-    shutil.rmtree(path, ignore_errors=True)  # a folder; a file is replaced as it stands
-    with contextlib.suppress(OSError if path.is_dir() else ()):  # another process was as fast
+    with contextlib.suppress(OSError if unfinished.is_dir() else ()):  # another was as fast
         os.replace(unfinished, path)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 def write_files(folder, files):
     """Write {name: text, bytes, picture or rows of a CSV file} to a folder; None: empty cell."""
@@ -321,9 +320,9 @@ def add_noise(text, share, rng):
     order = np.argsort(np.arange(len(words)) + 1.5 * (chance < 0.5), kind="stable")
     return " ".join(words[at] for at in order if not 0.5 <= chance[at] < 1) if share else text
 
-def digest_file(path):
+def digest_file(path, mend="restore it, or leave it out (of samples.csv)"):
     """sha256 of a file's bytes; InputError if it cannot be read."""
-    with reading(path, "restore it, or leave it out (of samples.csv)"), open(path, "rb") as file:
+    with reading(path, mend), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def embed(keys, items, folder, load, encode, size=32):
@@ -405,8 +404,8 @@ def cross_entropy(z, truth, level, scale, nothing=None):
 
 def supcon_of_rows(a, b, members, temperature, unit, group=None):
     """L_SupCon(G, Q), Eq. 2: anchors are the rows of Q = a @ b.T; swap a and b for the columns.
-    a, b (T, N, K), members (T, N, H): 1 where a sample of task t belongs to h, or sqrt(n) where a
-    row stands for n; mean over tasks. Q is never formed: q_i . q_p = a_i (b^T b) a_p^T. With
+    a (T, N, K), b (T, M, K), members (T, N, H): 1 where a sample of task t belongs to h, or sqrt(n)
+    where a row stands for n; mean over tasks. Q is not formed: q_i . q_p = a_i (b^T b) a_p^T. With
     prompts, column j of Q is z[:, h_j]: then a = z and b = members say the same, exactly."""
     if a.shape[1] > 512:  # the fused kernel: no N x N matrix; each process of a group has a share
         share = [x.tensor_split(group.size(), 1)[group.rank()] if group else x
@@ -417,7 +416,7 @@ def supcon_of_rows(a, b, members, temperature, unit, group=None):
     if unit:  # Choice: rows of unit length, as products of raw ones grow with N
         a = a / (a @ metric * a).sum(-1, keepdim=True).clamp(min=1e-24).sqrt()
     c, times = a @ metric / temperature, members.square().sum(-1)  # (T, N, K), (T, N)
-    many, rest = (x.clamp(min=0).log().clamp(min=-1e30) for x in (times, times - 1))  # but for i
+    many, rest = (x.clamp(min=0).log().clamp(min=-1e30) for x in (times, times - 1))  # -1: i itself
     log_sum = torch.baddbmm((rest - many).diag_embed() + many[:, None], c, a.mT).logsumexp(-1)
     count = (members @ members.sum(1)[..., None])[..., 0] - 1  # |P(i)|
     positive = (c * (members @ (members.mT @ a) - a)).sum(-1)
@@ -545,10 +544,10 @@ def fit_linear(data, rows, config, generator, log):
         images = data.logit_scale * images
         probe.weight.data.copy_(data.texts[:-1] - data.texts[-1:])
     if config.method == "linear-lbfgs":  # to the optimum. Choice: C = 100, for unit features
-        images, decay = images.double(), 1 / (200 * truth.numel())
+        images, decay = images.cpu().double(), 1 / (200 * truth.numel())
         optimizer = converge(probe.to(images).parameters())
         config = replace(config, epochs=1, batch_size=len(rows))
-    weight = None if config.method == "linear" else positive_weight(truth)
+    weight = None if config.method == "linear" else positive_weight(truth).to(images)
     loss_of = nn.BCEWithLogitsLoss(pos_weight=weight)
     train(lambda batch: (loss_of(probe(images[rows][batch]), truth[batch].to(images))
                          + decay * probe.weight.square().sum(), {}),
@@ -714,6 +713,7 @@ def run_once(config, data):
     settings = json.dumps(config.named | data.origin | seen, indent=1)
     new = not ((stored := folder / "config.json").is_file() and stored.read_text() == settings)
     if all_reduce(data.texts.new_tensor(new), data.group):  # trained by all if one of them has to
+        shutil.rmtree(folder, ignore_errors=True)  # of other settings or code
         for missing in itertools.compress(samples.taxonomy.klass.names, ~classes[rows].any(0)):
             raise InputError(f"class {missing!r} has none of the {len(rows)} training images of "
                              f"seed {config.seed}: raise --frac.")
@@ -737,7 +737,7 @@ def run_once(config, data):
                 "scores.csv": [["image", "labels", *samples.taxonomy.combination.names], *scores],
                 "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
                 "metrics.json": json.dumps(metrics, indent=1).replace("NaN", "null") + "\n"}))
-        all_reduce(data.texts.sum(), data.group).item()
+        all_reduce(data.texts.sum(), data.group).item()  # a barrier
     return json.loads((folder / "metrics.json").read_text())
 
 # ---- 10. Tables and figure (Table 1, Fig. 2 and 3), as plain SVG ---------------------------------
@@ -814,11 +814,11 @@ def draw_mark(i, x, y, name):
     return [draw_series(i, [(x, y, 0)], escape(name)), TEXT.format(x + 9, y + 5, escape(name))]
 
 def draw_texts(data, read):
-    """SVG like Fig. 4: t-SNE of prompts and sentences, frozen and adapted, a colour a class."""
+    """SVG like Fig. 4: t-SNE of prompts and 999 sentences, frozen, adapted; a colour a class."""
     combinations = [c for task in data.taxonomy.tasks for c in task["combinations"]]
     classes = sorted({c["class"] for c in combinations})
     shown, parts = (data.sentence >= 0) & (len(data.sentences) > 0), []
-    s, h = torch.stack([data.sentence[shown], shown.nonzero()[:, 1]]).unique(dim=1)
+    s, h = torch.stack([data.sentence[shown], shown.nonzero()[:, 1]]).unique(dim=1)[:, :999]
     texts = torch.cat([data.texts[:-1], data.sentences[s]])
     owners = combinations + [combinations[i] for i in h.tolist()]
     for left, title, x in ((20, "frozen", texts), (670, "adapted", read(texts))):
@@ -905,8 +905,8 @@ def embed_adapted(config, paths, texts=()):
         if len(stored["prompts"]) != len(taxonomy.combination.names) + 1:
             raise ValueError("as many prompts as combinations, and one, are needed")
         look, read = load_adapters(Path(config.run))
-        images, words, backbone, checkpoint = embed_both(
-            [(path, 0) for path in paths], [*stored["prompts"], *texts], stored["backbone"], config)
+        images, words, backbone, checkpoint = embed_both([(path, 0) for path in paths], [
+            *stored["prompts"], *texts], stored["backbone"], replace(config, dtype=stored["dtype"]))
         if checkpoint != stored["checkpoint_sha256"]:
             raise InputError(f"{backbone.path} is not what {config.run} learnt on: train again.")
         return taxonomy, look, look(images), read(words), backbone
@@ -1007,8 +1007,8 @@ def compare(config):
         raise InputError(f"--method {name} is none of: {', '.join(METHODS)}.")
     data, weights = embed_dataset(config), [config.lambdas]
     if config.grid:
-        if not (data.samples.split == "valid").any():
-            raise InputError(f"--grid: {config.dataset} has no images of split valid.")
+        if not (data.samples.sentence[data.samples.split == "valid"] >= 0).any():
+            raise InputError(f"--grid: {config.dataset} has no labels in split valid.")
         names, weights = ["scale"], [*map(",".join, itertools.product(["1", ".1", "0"], repeat=4))]
     other = embed_dataset(replace(config, backbone="clip")) if "clip-zeroshot" in names else data
     fractions = (.05, .1, .25, .5, 1.) if config.sweep else (config.frac,)
@@ -1030,7 +1030,7 @@ def guarded(script, action):
     """Exit code of action(): 0; 2 with one sentence for the user's mistakes; 130 after Ctrl-C."""
     try:
         action()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, BrokenExecutor) as error:  # the last: a worker was killed
         print(f"{script}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
