@@ -42,6 +42,7 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolEx
 from dataclasses import dataclass, field, fields, replace
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -119,15 +120,13 @@ def parse(argv):
     return functools.partial(predict if config.predict else other, config)
 
 # ---- 2. A prepared folder: taxonomy.json and samples.csv (README, Data) --------------------------
-@dataclass(frozen=True)
-class Level:
+class Level(NamedTuple):
     """Combinations, concepts or classes of all tasks, side by side as K columns."""
     names: list            # K strings
     own: torch.Tensor      # (T, K) bool: column k belongs to task t
     members: torch.Tensor  # (K, G) the combinations of each column, padded by repeating the first
 
-@dataclass(frozen=True)
-class Taxonomy:
+class Taxonomy(NamedTuple):
     """What is known beforehand: tasks, and which concept and class a combination is made of."""
     spec: dict             # all of taxonomy.json
     tasks: list            # a dict a task: name, exclusive, classes, concepts, combinations
@@ -159,8 +158,7 @@ def make_level(tasks, part, listed):
     own = torch.tensor([t for t, _, _ in columns]) == torch.arange(len(tasks))[:, None]
     return Level([name for _, _, name in columns], own, members)
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """The images of samples.csv in the file's order, and what is known of them."""
     taxonomy: Taxonomy
     images: list            # N paths
@@ -809,29 +807,30 @@ def draw_series(i, points, title):
             f'<polyline fill="none" points="{line}"/><path stroke-width="1.5" d="{marks}"/>'
             f'<title>{title}</title></g>')
 
-def draw_mark(i, x, y, name):
-    """A mark of series i, and its name beside it."""
-    return [draw_series(i, [(x, y, 0)], escape(name)), TEXT.format(x + 9, y + 5, escape(name))]
+def draw_mark(i, x, y, name, lower=5):
+    """A mark of series i, and its name beside it, with the baseline so many pixels lower."""
+    return [draw_series(i, [(x, y, 0)], escape(name)), TEXT.format(x + 9, y + lower, escape(name))]
 
 def draw_texts(data, read):
     """SVG like Fig. 4: t-SNE of prompts and 999 sentences, frozen, adapted; a colour a class."""
-    combinations = [c for task in data.taxonomy.tasks for c in task["combinations"]]
-    classes = sorted({c["class"] for c in combinations})
+    known = [(c["class"], c["name"]) for task in data.taxonomy.tasks for c in task["combinations"]]
     shown, parts = (data.sentence >= 0) & (len(data.sentences) > 0), []
     s, h = torch.stack([data.sentence[shown], shown.nonzero()[:, 1]]).unique(dim=1)[:, :999]
     texts = torch.cat([data.texts[:-1], data.sentences[s]])
-    owners = combinations + [combinations[i] for i in h.tolist()]
-    for left, title, x in ((20, "frozen", texts), (670, "adapted", read(texts))):
+    owners, classes = known + [known[i] for i in h.tolist()], sorted({kind for kind, _ in known})
+    for left, title, x in ((25, "frozen", texts), (675, "adapted", read(texts))):
         kl, y = tsne(x.cpu())
         y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)).clamp(min=1e-9) * torch.tensor([465, 660])
+        taken = [(u - 14, v + 5, 10) for u, v in y[:len(known)].tolist()]  # by the marks
         parts.append(TEXT.format(left, 30, f"{title}; KL divergence of the map {kl:.3f}"))
-        for i, name in enumerate(classes):
-            parts += draw_mark(i, left + 5 + 120 * i, 55, name)
-        for k, (c, (u, v)) in enumerate(zip(owners, y.tolist(), strict=True)):
-            mark = draw_mark(classes.index(c["class"]), left + 5 + u, 100 + v, c["name"])
-            parts += mark[: 1 + (k < len(combinations))]  # sentences without their names
-    halo = '<g font-size="12" stroke="#fff" stroke-width="3" paint-order="stroke">'
-    return SVG.format("\n".join([halo, *sorted(parts, reverse=True), "</g>"]))  # marks on top
+        parts += sum((draw_mark(i, left + 120 * i, 55, kind) for i, kind in enumerate(classes)), [])
+        for k, ((kind, name), (u, v)) in enumerate(zip(owners, y.tolist(), strict=True)):
+            named, n, lower = k < len(known), 7 * len(name), 5  # sentences are not named
+            while named and any(a - n < u < a + m and abs(v + lower - b) < 13 for a, b, m in taken):
+                lower = (23 if lower < 6 else 10) - lower  # 5, 18, -8, 31, ...
+            taken.append((u, v + lower, n))
+            parts += draw_mark(classes.index(kind), left + u, 100 + v, name, lower)[:1 + named]
+    return SVG.format("\n".join(['<g font-size="12">', *sorted(parts, reverse=True), "</g>"]))
 
 def draw_scores(results):
     """SVG like Fig. 2 and 3: mean ±sd by fraction; a line's title holds its runs' numbers."""
