@@ -74,15 +74,15 @@ class Config:
     seed: int = flag(0, "seed of the first subset and of its training", True, (-1, 10**9))
     data: str = flag("data", "where the prepared folders lie", False)
     out: str = flag("runs", "where the runs and the cache of embeddings go", False)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", False)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", False, r"auto|cpu|mps|cuda(:\d+)?")
     dtype: str = flag("float32", "of the encoder; bfloat16 is for GPUs", True, "float32|bfloat16")
     sweep: bool = flag(False, "fractions .05 .1 .25 .5 1; report and figure in --out", False)
-    grid: bool = flag(False, "search the lambdas on the validation split; prints the best")
+    grid: bool = flag(False, "search scale's lambdas on the validation split; prints the best")
     predict: tuple = flag((), "image files: print their classes and what decided them", False)
     card: bool = flag(False, "with --predict: also a PNG an image, with maps of similarity", False)
     retrieve: str = flag("", "text: rank the images of --dataset by similarity to it", False)
     retrieve_image: str = flag("", "likewise by similarity to an image file", False)
-    run: str = flag("", "finished run of scale, for --predict and --retrieve", False)
+    run: str = flag("", "run of scale, for --predict and --retrieve, with its own tasks", False)
     criterion: str = flag("", "restrict to one task, such as pigmentation; default: all, jointly")
     shuffle_labels: float = flag(0.0, "control: share of labels to shuffle", True, (-1e-9, 1))
     text_noise: float = flag(0.0, "share of the texts' words to swap or drop", True, (-1e-9, 1))
@@ -139,7 +139,7 @@ def make_taxonomy(spec):
     tasks = spec["tasks"]
     combinations = [c for task in tasks for c in task["combinations"]]
     words = [*(spec.get(key, "") for key in ("backbone", "negative_prompt", "root", "note")),
-             *(task["name"] for task in tasks), *(c["prompt"] for c in combinations)]
+             *(t["name"] for t in tasks), *(c[k] for c in combinations for k in [*c, "prompt"])]
     if any(len({x["name"] for x in part}) < len(part) for part in (tasks, combinations)):
         raise ValueError("names of tasks, and of combinations over all tasks, must be unique")
     if {type(x) for x in words} != {str} or {type(task["exclusive"]) for task in tasks} != {bool}:
@@ -183,12 +183,12 @@ def find_folder(config):
 
 def read_samples(folder, criterion=""):
     """Samples of a prepared folder (of one task: `criterion`); InputError names the wrong row."""
-    mend, table = "see README, Data, or run data_prep.py again", folder / "samples.csv"
+    mend, table = "see README (Your own data), or run data_prep.py again", folder / "samples.csv"
     with reading(folder / "taxonomy.json", mend):
-        taxonomy = make_taxonomy(json.loads((folder / "taxonomy.json").read_text("utf-8")))
+        taxonomy = make_taxonomy(json.loads((folder / "taxonomy.json").read_text("utf-8-sig")))
         root = folder / taxonomy.spec.get("root", "")
     with reading(table, mend), open(table, newline="", encoding="utf-8-sig") as file:
-        names, split, sentence, texts = read_rows(list(csv.DictReader(file)), taxonomy)
+        names, split, sentence, texts = read_rows(list(csv.DictReader(file, restval="")), taxonomy)
     if criterion:
         tasks = {task["name"]: task for task in taxonomy.tasks}
         if criterion not in tasks:
@@ -207,13 +207,13 @@ def read_rows(rows, taxonomy):
         if split not in ("train", "valid", "test") or not row["image"]:
             raise ValueError(f"row {number}: no image, or split {split!r} not train, valid or test")
         for key in ("image", "patient"):
-            if row.get(key) and home.setdefault((key, row[key]), split) != split:
+            if row.get(key) and home.setdefault((key, os.path.normpath(row[key])), split) != split:
                 raise ValueError(f"row {number}: {key} {row[key]} is in another split too")
         if bool(row.get("text")) != bool(rows[0].get("text")):
             raise ValueError(f"row {number}: a text must stand in every row or in none")
         text = texts.setdefault(row["text"], len(texts)) if row.get("text") else 0
         images.setdefault(row["image"], {}).update(dict.fromkeys(labels, text))  # of several rows
-    split = np.array([home["image", image] for image in images])
+    split = np.array([home["image", os.path.normpath(image)] for image in images])
     if missing := {"train", "test"} - set(split):
         raise ValueError(f"no row has split {min(missing)}")
     sentence = torch.tensor([[x.get(name, -1) for name in names] for x in images.values()])
@@ -291,10 +291,12 @@ def open_image(path):
     """Decode an image completely; InputError names a missing, truncated or foreign file."""
     with reading(path, "restore the image, or leave it out (of samples.csv)"):
         image = Image.open(path)
-        image.load()
+        if max(image.size) > min(16384, 100 * min(image.size)):
+            raise ValueError(f"{image.width} x {image.height} pixels, too long or too narrow")
+        image = ImageOps.exif_transpose(image)  # decodes it too
         if image.mode[0] in "IF":  # over 8 bits, which Pillow would clip. Choice: maximum is white
-            x = np.asarray(image, np.float32).clip(0)
-            image = Image.fromarray((x * (255 / max(x.max(), 1))).round().astype(np.uint8))
+            x = np.asarray(image, np.float32).clip(0)  # int(): an error if NaN or infinite
+            image = Image.fromarray(np.uint8((x * (255 / max(x.max(), 1, int(x.max())))).round()))
         return image
 
 def augment(image, view):
@@ -514,7 +516,6 @@ def fit_scale(data, rows, config, generator, log):
     if config.rows == "raw":
         print("warning: products of raw rows of Q grow with the batch (Eq. 2)", file=sys.stderr)
     def objective(batch):
-        """Eq. 3 of some samples."""
         count = data.views.shape[1]
         view = torch.randint(count, batch.shape, generator=generator) if count > 1 else 0
         images, y = look(data.views[rows[batch], view]), truth[batch]
@@ -567,7 +568,6 @@ def fit_coop(data, rows, config, generator, log):
         prompts = torch.cat([words[:, :1], context.expand(len(words), -1, -1), words[:, 1:]], 1)
         return F.normalize(backbone.text_tower(backbone.tensors, prompts, lengths + room), dim=-1)
     def objective(batch):
-        """Cross-entropy of some samples, at the epoch's rate."""
         rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs) if log else .01
         optimizer.param_groups[0]["lr"] = config.lr * rate
         z = data.images[rows[batch]] @ read()[:-1].T
@@ -688,13 +688,13 @@ def run_folder(config, origin):
     """<out>/<dataset>-<backbone>-<method>-<frac>-s<seed>, and every setting off its default."""
     plain = Config(config.dataset, config.frac, config.method, seed=config.seed).named
     changed = [f"{name}={x}" for name, x in config.named.items() if x != plain[name]]
-    name = "-".join([Path(config.dataset).name, Path(origin["backbone"]).name, config.method,
-                     f"{config.frac:g}", f"s{config.seed}", *changed])
+    name = "-".join([Path(config.dataset).resolve().name, Path(origin["backbone"]).name,
+                     config.method, f"{config.frac:g}", f"s{config.seed}", *changed])
     return Path(config.out) / "".join(c if c.isalnum() or c in ".,=_-" else "_" for c in name)
 
 def load_adapters(folder):
     """The adapters (image, text) of a run of scale."""
-    state = load_file(folder / "adapter.safetensors")
+    state = reading(folder, "delete it, run again")(load_file)(folder / "adapter.safetensors")
     look, read = (Adapter(*state[f"{x}.up.weight"].shape, 0.5) for x in ("image", "text"))
     nn.ModuleDict({"image": look, "text": read}).requires_grad_(False).load_state_dict(state)
     return look, read
@@ -709,12 +709,12 @@ def run_once(config, data):
     rows = train[stratified_subset(torch.cat([truth, classes], 1)[train], config.frac, generator)]
     folder, seen = run_folder(config, data.origin), {"train_rows": rows.tolist()}
     settings = json.dumps(config.named | data.origin | seen, indent=1)
-    new = not ((stored := folder / "config.json").is_file() and stored.read_text() == settings)
+    new = not ((old := folder / "config.json").is_file() and old.read_text("latin-1") == settings)
     if all_reduce(data.texts.new_tensor(new), data.group):  # trained by all if one of them has to
         shutil.rmtree(folder, ignore_errors=True)  # of other settings or code
         for missing in itertools.compress(samples.taxonomy.klass.names, ~classes[rows].any(0)):
             raise InputError(f"class {missing!r} has none of the {len(rows)} training images of "
-                             f"seed {config.seed}: raise --frac.")
+                             f"seed {config.seed}: raise --frac, or add images to split train.")
         if config.shuffle_labels:
             sentence, order = data.sentence.clone(), torch.randperm(len(rows), generator=generator)
             mixed = rows[order[:round(config.shuffle_labels * len(rows))]]
@@ -736,7 +736,7 @@ def run_once(config, data):
                 "log.jsonl": "".join(json.dumps(line) + "\n" for line in log),
                 "metrics.json": json.dumps(metrics, indent=1).replace("NaN", "null") + "\n"}))
         all_reduce(data.texts.sum(), data.group).item()  # a barrier
-    return json.loads((folder / "metrics.json").read_text())
+    return reading(folder, "delete it, run again")(json.load)(open(folder / "metrics.json"))
 
 # ---- 10. Tables and figure (Table 1, Fig. 2 and 3), as plain SVG ---------------------------------
 OKABE_ITO = "#0072b2 #d55e00 #000 #56b4e9 #009e73 #e69f00 #777 #b8a400 #cc79a7".split()
@@ -765,7 +765,7 @@ def format_table(results, frac):
 
 def write_report(config, results, tables, data):
     """<out>/report-<dataset>: results.csv (a line a run), report.md, figures."""
-    name, columns = Path(config.dataset).name, list(itertools.product(LEVELS, SCORES))
+    name, columns = Path(config.dataset).resolve().name, list(itertools.product(LEVELS, SCORES))
     rows = [["method", "frac", "seed", "n_train", "n_test", *map("_".join, columns)]]
     rows += [[c.method, c.frac, c.seed, m["n_train"], m["n_test"], *(m[a][b] for a, b in columns)]
              for c, m in results]
@@ -823,7 +823,8 @@ def draw_texts(data, read):
         y = (y - y.amin(0)) / (y.amax(0) - y.amin(0)).clamp(min=1e-9) * torch.tensor([465, 660])
         taken = [(u - 14, v + 5, 10) for u, v in y[:len(known)].tolist()]  # by the marks
         parts.append(TEXT.format(left, 30, f"{title}; KL divergence of the map {kl:.3f}"))
-        parts += sum((draw_mark(i, left + 120 * i, 55, kind) for i, kind in enumerate(classes)), [])
+        for i, kind in enumerate(classes):
+            parts += draw_mark(i, left + i % 4 * 155, 48 + i // 4 * 16, kind)
         for k, ((kind, name), (u, v)) in enumerate(zip(owners, y.tolist(), strict=True)):
             named, n, lower = k < len(known), 7 * len(name), 5  # sentences are not named
             while named and any(a - n < u < a + m and abs(v + lower - b) < 13 for a, b, m in taken):
@@ -871,7 +872,8 @@ def draw_card(pixels, maps, reasons):
             card.paste(seen.resize((120, 120), 3), (left, y))
         heat = as_picture(heat.view(1, side, side).expand(3, -1, -1)).resize((120, 120), 3)
         card.paste(OKABE_ITO[1], (130, y), heat.convert("L").point(lambda v: 0.7 * v))
-        pen.text((260, y), f"{task}: {listed(x['classes'])}", "#222", font_size=17)
+        head = f"{task}: {listed(x['classes'])}"
+        pen.text((260, y), head, "#222", font_size=min(17, 1160 / len(head)))
         for top, (name, v) in zip((y + 28, y + 74), x["decided_by"].items(), strict=False):
             pen.text((260, top), f"{name} {v['similarity']:.2f}", "#222", font_size=15)
             pen.rectangle((260, top + 22, 790, top + 34), "#ddd")
@@ -1016,8 +1018,7 @@ def compare(config):
             for split in range(config.splits or (1 if frac == 1 else 5))]
     runs = run_all(jobs, [other if "clip" in job.method else data for job in jobs])
     if config.grid:
-        f1 = {w: np.mean([m["class_concept"]["f1"] for c, m in runs if c.lambdas == w])
-              for w in weights}
+        f1 = {w: np.mean([m[LEVELS[1]]["f1"] for c, m in runs if c.lambdas == w]) for w in weights}
         return print(*(f"--lambdas {w}  class-concept F1 {f1[w]:.3f} on valid"
                        for w in sorted(f1, key=lambda w: -f1[w])[:5]), sep="\n")
     tables = [data.taxonomy.spec.get("note", ""), *(format_table(runs, frac) for frac in fractions)]
