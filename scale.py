@@ -486,8 +486,7 @@ def train(objective, tensors, n, config, generator, log, optimizer=None, towers=
         start, sums = time.perf_counter(), {}
         for batch in torch.randperm(n, generator=generator).split(size):
             optimizer.step(functools.partial(closure, batch))
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0) + value.item() * len(batch) / n
+            sums = {k: sums.get(k, 0) + x.item() * len(batch) / n for k, x in found.items()}
         log.append({"epoch": epoch, **sums, "seconds": time.perf_counter() - start})
 
 converge = functools.partial(torch.optim.LBFGS, max_iter=10**4, max_eval=10**5, tolerance_grad=1e-9,
@@ -516,6 +515,7 @@ def fit_scale(data, rows, config, generator, log):
     if config.rows == "raw":
         print("warning: products of raw rows of Q grow with the batch (Eq. 2)", file=sys.stderr)
     def objective(batch):
+        """Eq. 3 of some samples, each by one of its views: loss, {term: value}."""
         count = data.views.shape[1]
         view = torch.randint(count, batch.shape, generator=generator) if count > 1 else 0
         images, y = look(data.views[rows[batch], view]), truth[batch]
@@ -568,6 +568,7 @@ def fit_coop(data, rows, config, generator, log):
         prompts = torch.cat([words[:, :1], context.expand(len(words), -1, -1), words[:, 1:]], 1)
         return F.normalize(backbone.text_tower(backbone.tensors, prompts, lengths + room), dim=-1)
     def objective(batch):
+        """Cross-entropy of some samples, at the epoch's rate."""
         rate = .5 + .5 * math.cos(math.pi * len(log) / config.epochs) if log else .01
         optimizer.param_groups[0]["lr"] = config.lr * rate
         z = data.images[rows[batch]] @ read()[:-1].T
@@ -769,17 +770,16 @@ def write_report(config, results, tables, data):
     rows = [["method", "frac", "seed", "n_train", "n_test", *map("_".join, columns)]]
     rows += [[c.method, c.frac, c.seed, m["n_train"], m["n_test"], *(m[a][b] for a, b in columns)]
              for c, m in results]
-    words = [f"# Results on {name}", "![mean ±sd over splits](figures/scores.svg)", *tables]
+    text = [f"# Results on {name}", "![mean ±sd over splits](figures/scores.svg)", *tables]
     ours = [m["per_task"].get("pigmentation") for c, m in results if c.method == "zeroshot"]
     if name == "derm7p" and any(ours):
         ours = " / ".join(f"{ours[0][level]['accuracy']:.2f}" for level in LEVELS)
-        words.append(f"Table 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}.")
-    files = {"figures/scores.svg": draw_scores(results)}
+        text.append(f"Table 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}.")
+    files = {"figures/scores.svg": draw_scores(results), "results.csv": rows}
     for run in [run_folder(c, data.origin) for c, _ in results if c.method == "scale"][-1:]:
         files["figures/texts.svg"] = draw_texts(data, load_adapters(run)[1].to(data.texts.device))
-        words.append("![t-SNE of the texts before and after](figures/texts.svg)")
-    files |= {"results.csv": rows, "report.md": "\n\n".join(words) + "\n"}
-    write_files(Path(config.out) / f"report-{name}", files)
+        text.append("![t-SNE of the texts before and after](figures/texts.svg)")
+    write_files(Path(config.out) / f"report-{name}", files | {"report.md": "\n\n".join(text + [""])})
 
 def tsne(x):
     """Exact t-SNE (van der Maaten and Hinton, 2008) of x (N, D): its KL divergence, map (N, 2)."""
