@@ -770,16 +770,16 @@ def write_report(config, results, tables, data):
     rows = [["method", "frac", "seed", "n_train", "n_test", *map("_".join, columns)]]
     rows += [[c.method, c.frac, c.seed, m["n_train"], m["n_test"], *(m[a][b] for a, b in columns)]
              for c, m in results]
-    text = [f"# Results on {name}", "![mean ±sd over splits](figures/scores.svg)", *tables]
+    text = [f"# Results on {name}", "![mean ±sd over splits](figures/scores.svg)", *tables, ""]
     ours = [m["per_task"].get("pigmentation") for c, m in results if c.method == "zeroshot"]
     if name == "derm7p" and any(ours):
         ours = " / ".join(f"{ours[0][level]['accuracy']:.2f}" for level in LEVELS)
-        text.append(f"Table 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}.")
+        text[0] += f"\n\nTable 1, pigmentation, accuracy of zeroshot: paper .59 / .29, here {ours}."
     files = {"figures/scores.svg": draw_scores(results), "results.csv": rows}
     for run in [run_folder(c, data.origin) for c, _ in results if c.method == "scale"][-1:]:
         files["figures/texts.svg"] = draw_texts(data, load_adapters(run)[1].to(data.texts.device))
-        text.append("![t-SNE of the texts before and after](figures/texts.svg)")
-    write_files(Path(config.out) / f"report-{name}", files | {"report.md": "\n\n".join(text + [""])})
+        text[1] += "\n\n![t-SNE of the texts before and after](figures/texts.svg)"
+    write_files(Path(config.out) / f"report-{name}", files | {"report.md": "\n\n".join(text)})
 
 def tsne(x):
     """Exact t-SNE (van der Maaten and Hinton, 2008) of x (N, D): its KL divergence, map (N, 2)."""
